@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint format test test-gpu demo wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(INSTALLED)  ## create .venv with the pinned development versions and this package, editable
+
+lint: install  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install  ## ruff: fix and format in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: install  ## all tests that need no GPU (Triton's interpreter where there is none)
+	$(BIN)/python -m pytest
+
+test-gpu: install  ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+demo: install  ## train a small language model with exact and with LSH attention, print a table, draw a picture
+	$(BIN)/python -m lsh_kernels demo
+
+wheel: install  ## sdist and wheel into dist/
+	$(BIN)/python -m build
+
+clean:  ## remove .venv and everything built
+	rm -rf .venv build dist .pytest_cache .ruff_cache src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

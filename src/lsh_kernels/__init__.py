@@ -1,0 +1,57 @@
+"""LSH attention (Reformer) in fused Triton kernels, with a torch backend for every device.
+
+Names load on first use: importing the package needs neither Triton nor a GPU.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lsh_kernels import reference
+    from lsh_kernels.config import LSHConfig
+    from lsh_kernels.functional import (
+        bucket_sort,
+        combine_rounds,
+        local_attention,
+        lsh_attention,
+        lsh_hash,
+        random_rotations,
+    )
+    from lsh_kernels.modules import LSHMultiheadAttention, LSHSelfAttention, replace_multihead_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LSHConfig",
+    "LSHMultiheadAttention",
+    "LSHSelfAttention",
+    "bucket_sort",
+    "combine_rounds",
+    "local_attention",
+    "lsh_attention",
+    "lsh_hash",
+    "random_rotations",
+    "reference",
+    "replace_multihead_attention",
+]
+
+_MODULE_OF = {
+    "LSHConfig": "config",
+    "LSHMultiheadAttention": "modules",
+    "LSHSelfAttention": "modules",
+    "replace_multihead_attention": "modules",
+}
+
+
+def __getattr__(name):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "reference":
+        return import_module(f"{__name__}.reference")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF.get(name, 'functional')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(globals().keys() | set(__all__))

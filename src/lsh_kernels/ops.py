@@ -1,0 +1,180 @@
+"""Custom ops: schemas, fake kernels and autograd. No maths and no grids here.
+
+One op does the whole forward (hash, sort, attention, combine) and one the whole backward, since a call into an op costs as
+much host time as a launch. The stages are ops of their own too, for microbenchmarks.
+"""
+
+from __future__ import annotations
+
+from typing import get_type_hints
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .config import AttentionOptions
+from .torch_backend import SortedRounds
+
+_SCHEMA_TYPES = {list[int]: "int[]", int: "int", bool: "bool", float: "float", str: "str"}
+_OPTIONS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(AttentionOptions).items())
+_INPUTS = "Tensor query, Tensor? key, Tensor value, Tensor? key_padding_mask, Tensor? seed"
+_ROUNDS = ("q_order", "q_stretched", "k_order", "k_stretched")
+
+_library = torch.library.Library("lsh_kernels", "DEF")
+_library.define(
+    f"attention_forward({_INPUTS}, Tensor? rotations, Tensor? q_buckets, Tensor? k_buckets, {_OPTIONS}) "
+    f"-> (Tensor out, Tensor lse, {', '.join(f'Tensor {name}' for name in _ROUNDS)})"
+)
+_library.define(
+    f"attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, "
+    f"{', '.join(f'Tensor {name}' for name in _ROUNDS)}, {_OPTIONS}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
+)
+_library.define("lsh_hash(Tensor x, Tensor rotations, int[] factors) -> Tensor")
+_library.define("bucket_sort(Tensor buckets, int n_buckets, Tensor? key_padding_mask) -> Tensor")
+_library.define("combine_rounds(Tensor out, Tensor lse, str backend) -> (Tensor, Tensor)")
+
+
+def _implement(name: str):
+    """Register a function as the kernel of an op on every device, out of autocast's reach: dtypes are the kernel's own."""
+
+    def register(function):
+        def kernel(*args):
+            device = next(a for a in args if isinstance(a, Tensor)).device.type
+            with torch.autocast(device, enabled=False):
+                return function(*args)
+
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def attention(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    rotations: Tensor | None,
+    q_buckets: Tensor | None,
+    k_buckets: Tensor | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
+    """The whole forward as one op, with autograd: out [B,H,L,Dv], lse [B,H,L]."""
+    inputs = (query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets)
+    out, lse, *_ = torch.ops.lsh_kernels.attention_forward(*inputs, *options)
+    return out, lse
+
+
+@_implement("attention_forward")
+def _attention_forward(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, *options):
+    options = AttentionOptions(*options)
+    H, Hkv = query.shape[1], value.shape[1]
+    if not options.hashed:
+        none = query.new_empty((*query.shape[:2], 0, query.shape[2]), dtype=torch.int32)
+        state = SortedRounds(none, none.clone(), None, None)
+    else:
+        if rotations is not None:
+            if key is not None:
+                k_buckets = torch_backend.lsh_hash(key, rotations, options.factors)
+            if rotations.shape[0] not in (1, H):
+                rotations = rotations.repeat_interleave(H // Hkv, 0)
+            q_buckets = torch_backend.lsh_hash(query, rotations, options.factors)
+        state = torch_backend.sort_rounds(q_buckets, k_buckets, key_padding_mask, options, value.shape[2])
+    out, lse = torch_backend.attention_fwd(query, key, value, key_padding_mask, seed, state, options)
+    empty = query.new_empty(0, dtype=torch.int32)
+    k_rounds = (empty, empty.clone()) if state.k_order is None else (state.k_order, state.k_stretched)
+    return out, lse, state.q_order, state.q_stretched, *k_rounds
+
+
+@torch.library.register_fake("lsh_kernels::attention_forward", lib=_library)
+def _(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, *options):
+    options = AttentionOptions(*options)
+    B, H, L, _ = query.shape
+    if rotations is not None:
+        n_hashes = rotations.shape[2]
+    else:
+        n_hashes = 0 if q_buckets is None else q_buckets.shape[2]
+    out = query.new_empty((B, H, L, value.shape[-1]))
+    lse = query.new_empty((B, H, L), dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    q_rounds = [query.new_empty((B, H, n_hashes, L), dtype=torch.int32) for _ in range(2)]
+    separate = options.hashed and key is not None
+    k_shape = (B, value.shape[1], n_hashes, value.shape[2]) if separate else (0,)
+    return out, lse, *q_rounds, *(query.new_empty(k_shape, dtype=torch.int32) for _ in range(2))
+
+
+@_implement("attention_backward")
+def _attention_backward(
+    dout, dlse, query, key, value, key_padding_mask, seed, out, lse, q_order, q_stretched, k_order, k_stretched, *options
+):
+    options = AttentionOptions(*options)
+    k_rounds = (None, None) if k_order.numel() == 0 else (k_order, k_stretched)
+    state = SortedRounds(q_order, q_stretched, *k_rounds)
+    dquery, dkey, dvalue = torch_backend.attention_bwd(
+        dout, dlse, query, key, value, key_padding_mask, seed, out, lse, state, options
+    )
+    return dquery, query.new_empty(0) if dkey is None else dkey, dvalue
+
+
+@torch.library.register_fake("lsh_kernels::attention_backward", lib=_library)
+def _(dout, dlse, query, key, value, *_):
+    empty = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, value)]
+    return empty[0], query.new_empty(0 if key is None else key.shape), empty[1]
+
+
+def _save_for_backward(ctx, inputs, output):
+    query, key, value, key_padding_mask, seed, _, _, _, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, key_padding_mask, seed, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dout, dlse, *_):
+    query, key, value, key_padding_mask, seed, out, lse, *rounds = ctx.saved_tensors
+    n_inputs = 8 + len(ctx.options)
+    if dout is None and dlse is None:
+        return (None,) * n_inputs
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dquery, dkey, dvalue = torch.ops.lsh_kernels.attention_backward(
+        dout, dlse, query, key, value, key_padding_mask, seed, out, lse, *rounds, *ctx.options
+    )
+    return dquery, None if key is None else dkey, dvalue, *(None,) * (n_inputs - 3)
+
+
+torch.library.register_autograd("lsh_kernels::attention_forward", _differentiate, setup_context=_save_for_backward, lib=_library)
+
+
+@_implement("lsh_hash")
+def _lsh_hash(x, rotations, factors):
+    return torch_backend.lsh_hash(x, rotations, factors)
+
+
+@torch.library.register_fake("lsh_kernels::lsh_hash", lib=_library)
+def _(x, rotations, factors):
+    B, H, L, _ = x.shape
+    return x.new_empty((B, H, rotations.shape[2], L), dtype=torch.int32)
+
+
+@_implement("bucket_sort")
+def _bucket_sort(buckets, n_buckets, key_padding_mask):
+    return torch_backend.bucket_sort(buckets, n_buckets, key_padding_mask)
+
+
+@torch.library.register_fake("lsh_kernels::bucket_sort", lib=_library)
+def _(buckets, n_buckets, key_padding_mask):
+    return buckets.new_empty(buckets.shape, dtype=torch.int32)
+
+
+@_implement("combine_rounds")
+def _combine_rounds(out, lse, backend):
+    if backend == "triton":
+        from .csrc_triton.combine_rounds import combine_rounds
+    else:
+        from .torch_backend import combine_rounds
+    return combine_rounds(out, lse)
+
+
+@torch.library.register_fake("lsh_kernels::combine_rounds", lib=_library)
+def _(out, lse, backend):
+    B, H, R, L, Dv = out.shape
+    return out.new_empty((B, H, L, Dv)), lse.new_empty((B, H, L))

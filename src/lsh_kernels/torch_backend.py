@@ -1,0 +1,914 @@
+"""The whole pipeline in plain torch (and NumPy's radix sort): any device, O(L) memory, blocks that stay in cache.
+
+Every variant of the attention is one walk: slots in sorted order, one interval of key slots per query. Heads are laid end
+to end on one slot axis, cut into tiles of queries; a tile meets one window of keys (`window` and `chunk` spans with aligned
+orders) or several, one after the other (`bucket` span and separate keys, where the intervals depend on the data).
+
+Masks are integers, not booleans: an entry >= 1 excludes its pair. `|2j - (lo + hi - 1)| - (hi - lo - 1)` is such a number
+for "j outside [lo, hi)", and integer arithmetic runs several times faster on a CPU than comparisons and masked fills.
+
+Sources: Kitaev et al. 2020 (the attention), Andoni et al. 2015 (the hash), Dao 2022 (the backward from lse), Salmon et al.
+2011 (Philox).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import AttentionOptions
+
+# an excluded pair's logit is lowered by at least this much; far below any logit, far above -inf of float32
+_EXCLUDE = 1e30
+_TILE = 64
+# (query, key) pairs of a block: logits and probabilities of one block stay in a core's L2 cache
+_BLOCK_PAIRS = 2**18
+# keys per step where the key range of a tile depends on the data
+_DYNAMIC_WINDOW = 128
+# slots of the heads that are walked together; they belong to one batch element, so that no sample can touch another
+_HEAD_BLOCK_SLOTS = 2**14
+_PHILOX_ROUNDS = 7
+
+
+# ---------------------------------------------------------------------------------------------------------------- hash, sort
+def lsh_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """Angular LSH: `argmax([xR ; -xR])` per round and factor. x [B,H,L,D], rotations [H or 1,D,R,W_rot] -> int32 [B,H,R,L]."""
+    B, H, L, D = x.shape
+    n_rot_heads, _, R, width = rotations.shape
+    dtype = _compute_dtype(x.dtype)
+    # columns first: every reduction below runs over whole vectors of positions
+    rot = rotations.to(dtype).permute(0, 2, 3, 1).reshape(n_rot_heads, R * width, D)
+    buckets = torch.empty(B * H, R, L, dtype=torch.int32, device=x.device)
+    heads = max(1, 1024 // L)
+    for first in range(0, B * H, heads):
+        block = torch.arange(first, min(first + heads, B * H), device=x.device)
+        rot_block = rot if n_rot_heads == 1 else rot[block % H]
+        for start in range(0, L, 1024):
+            rows = x[block // H, block % H, start : start + 1024] if B * H > 1 else x[0, :, start : start + 1024]
+            y = torch.matmul(rot_block, rows.to(dtype).transpose(1, 2)).view(len(block), R, width, -1)
+            buckets[first : first + len(block), :, start : start + 1024] = _argmax_of_signed(y, factors)
+    return buckets.view(B, H, R, L)
+
+
+def _argmax_of_signed(y: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """y [.., W_rot, rows] -> bucket ids [.., rows]: per factor the first argmax of [y ; -y], then the mixed-radix number."""
+    bucket, stride, column = None, 1, 0
+    for n in factors:
+        half = n // 2
+        part = y[..., column : column + half, :]
+        high, low = part.amax(-2), part.amin(-2)
+        positive = high >= -low
+        hit = part == torch.where(positive, high, low).unsqueeze(-2)
+        countdown = torch.arange(half, 0, -1, dtype=torch.uint8 if half < 256 else torch.int16, device=y.device)
+        first = half - (hit * countdown[:, None]).amax(-2).to(torch.int32)
+        # a row of NaN equals nothing: keep it in range
+        index = (first + half * ~positive).clamp_(max=n - 1)
+        bucket = index if bucket is None else bucket + stride * index
+        stride, column = stride * n, column + half
+    return bucket
+
+
+def bucket_sort(buckets: Tensor, n_buckets: int, key_padding_mask: Tensor | None = None) -> Tensor:
+    """Stable sort of positions by bucket, padded positions last. buckets [B,H,R,L] -> order int32 [B,H,R,L]."""
+    return _sort(_with_padding(buckets, n_buckets, key_padding_mask)).to(torch.int32)
+
+
+def _with_padding(buckets: Tensor, n_buckets: int, key_padding_mask: Tensor | None) -> Tensor:
+    """Clamp bucket ids to [0, n_buckets) and give padded positions the bucket n_buckets, a bucket of their own."""
+    buckets = buckets.clamp(0, n_buckets - 1)
+    if key_padding_mask is not None:
+        buckets = buckets.masked_fill(key_padding_mask[:, None, None, :], n_buckets)
+    return buckets
+
+
+def _sort(buckets: Tensor) -> Tensor:
+    if buckets.device.type == "cpu":
+        # NumPy sorts 16-bit keys by radix, ten times faster than torch.sort; 32,768 buckets and the padding fit
+        return torch.from_numpy(np.argsort(buckets.numpy().astype(np.uint16), axis=-1, kind="stable"))
+    return torch.sort(buckets, dim=-1, stable=True).indices
+
+
+# ------------------------------------------------------------------------------------------------------------------- combine
+def combine_rounds(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Weigh the rounds by softmax(lse). out [B,H,R,L,Dv], lse [B,H,R,L] -> (out [B,H,L,Dv], lse [B,H,L])."""
+    weights, total = _round_weights(lse, dim=2)
+    weights = weights.unsqueeze(-1)
+    partial = out.to(weights.dtype).masked_fill(weights == 0, 0)
+    return (weights * partial).sum(2).to(out.dtype), total
+
+
+def _round_weights(lse: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Softmax over rounds, 0 where no round has a target, and logsumexp over rounds, -inf there."""
+    top = lse.amax(dim, keepdim=True)
+    weights = torch.exp(lse - top.masked_fill(top == -math.inf, 0))
+    mass = weights.sum(dim, keepdim=True)
+    # weights are normalised by their own sum: exp(lse_r - lse) loses digits where |lse| is large
+    return weights / mass.clamp(min=1e-37), (top + mass.log()).squeeze(dim)
+
+
+# ------------------------------------------------------------------------------------------------------------------- dropout
+def dropout_keep(seed: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor, dropout_p: float) -> Tensor:
+    """Keep-mask of pairs: word 0 of Philox4x32-7 with key `seed` and counter (key_pos, query_pos, head, batch) >= p * 2^32.
+
+    The index tensors (int64) broadcast against each other; a pure function of positions, the same in every backend.
+    """
+    low32 = 0xFFFFFFFF
+    key0, key1 = seed & low32, (seed >> 32) & low32
+    c0, c1, c2, c3 = key_pos, query_pos, head, batch
+    for _ in range(_PHILOX_ROUNDS):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        # the products of two 32-bit numbers fill 64 bits: the shift must not carry the sign
+        high0, high1 = (product0 >> 32) & low32, (product1 >> 32) & low32
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, product1 & low32, high0 ^ c3 ^ key1, product0 & low32
+        key0, key1 = (key0 + 0x9E3779B9) & low32, (key1 + 0xBB67AE85) & low32
+    return c0 >= dropout_threshold(dropout_p)
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """The smallest 32-bit word that keeps a pair."""
+    return round(dropout_p * 2**32)
+
+
+def _dropout_scale(dropout_p: float) -> float:
+    return 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- rows
+class _Rows:
+    """A tensor [B,H,L,D] as a matrix of rows: row(b, h, l) = base[b, h] + l * step. A view wherever strides allow."""
+
+    def __init__(self, x: Tensor):
+        B, H, L, D = x.shape
+        if x.stride(-1) != 1 or any(s % D for s in x.stride()[:3]):
+            x = x.contiguous()
+        batch_step, head_step, self.step = (s // D for s in x.stride()[:3])
+        n_rows = 1 + (B - 1) * batch_step + (H - 1) * head_step + (L - 1) * self.step if x.numel() else 0
+        self.matrix = x.as_strided((n_rows, D), (D, 1))
+        b = torch.arange(B, device=x.device)[:, None]
+        h = torch.arange(H, device=x.device)[None, :]
+        self.base = b * batch_step + h * head_step
+
+    def index(self, b: int, heads: Tensor, positions: Tensor) -> Tensor:
+        """Row numbers [n, L] of positions [n, L] in the n heads of batch element b."""
+        return self.base[b, heads, None] + positions * self.step
+
+    def take(self, index: Tensor, out: Tensor) -> Tensor:
+        """Gather rows into `out` [.., D], in out's dtype."""
+        flat = out.view(-1, out.shape[-1])
+        if self.matrix.dtype == out.dtype:
+            torch.index_select(self.matrix, 0, index.reshape(-1), out=flat)
+        else:
+            flat.copy_(torch.index_select(self.matrix, 0, index.reshape(-1)))
+        return out
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Buffers:
+    """Reused scratch memory: one allocation per name, a view of the wanted shape on every request."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.flat: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape)
+        flat = self.flat.get(name)
+        if flat is None or flat.numel() < size or flat.dtype != dtype:
+            flat = self.flat[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return flat[:size].view(shape)
+
+
+# --------------------------------------------------------------------------------------------------------- orders, intervals
+@dataclass(frozen=True)
+class SortedRounds:
+    """What forward leaves for backward, besides its tensors: per round the sorted orders of queries and of separate keys.
+
+    `order` [B,H,R,L] int32: slot -> position. `stretched` [B,H,R,L] int32: position -> t = slot + bucket * stretch, which
+    fixes slot and bucket; ~t in the first round of a query whose only target is itself. Keys: [B,Hkv,R,S], or None if shared.
+    """
+
+    q_order: Tensor
+    q_stretched: Tensor
+    k_order: Tensor | None
+    k_stretched: Tensor | None
+
+
+def sort_rounds(
+    q_buckets: Tensor, k_buckets: Tensor | None, key_padding_mask: Tensor | None, options: AttentionOptions, k_len: int
+) -> SortedRounds:
+    """Sort queries (and separate keys) by bucket. In the shared case padded positions go along, last."""
+    n_buckets, stretch = math.prod(options.factors), _stretch(options, k_len)
+
+    def sort(buckets, mask):
+        buckets = _with_padding(buckets, n_buckets, mask)
+        order = _sort(buckets)
+        stretched = _inverse(order) + buckets.to(torch.int64) * stretch
+        return order.to(torch.int32), stretched.to(torch.int32)
+
+    if k_buckets is None:
+        return SortedRounds(*sort(q_buckets, key_padding_mask), None, None)
+    return SortedRounds(*sort(q_buckets, None), *sort(k_buckets, key_padding_mask))
+
+
+def _stretch(options: AttentionOptions, k_len: int) -> int:
+    return min(options.window, k_len) + 1
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """slot -> position becomes position -> slot, int64."""
+    order = order.to(torch.int64)
+    slots = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, slots)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One hash round (or the local one) of n heads: orders, and the interval of key slots of each query, in slot order."""
+
+    q_order: Tensor  # [n, L] slot -> position
+    q_slot: Tensor  # [n, L] position -> slot
+    k_order: Tensor  # [n, S]
+    k_slot: Tensor  # [n, S]
+    lo: Tensor  # [n, L]
+    hi: Tensor  # [n, L]
+    reach: tuple[int, int] | None  # key slots that a tile needs before and after its own; None: depends on the data
+    by_slot: bool  # causality follows from slots; False: positions have to be compared
+    meets_padding: bool  # intervals may hold padded keys
+
+
+def _hashed_round(
+    q_order: Tensor, q_stretched: Tensor, k_order: Tensor, k_stretched: Tensor, shared: bool, options: AttentionOptions
+) -> _Round:
+    """The orders [n, L] and stretched slots of a hash round decoded, and its intervals worked out."""
+    o = options
+    (n, L), S, device = q_order.shape, k_order.shape[-1], q_order.device
+    n_buckets, stretch = math.prod(o.factors), _stretch(o, S)
+    q_slot, k_slot = _inverse(q_order), _inverse(k_order)
+    q_order, k_order = q_order.to(torch.int64), k_order.to(torch.int64)
+    slot = torch.arange(L, device=device).expand(n, L)
+
+    q_bucket = (q_stretched.gather(1, q_order) - slot) // stretch  # [n, L] of the query in each slot
+    k_bucket = q_bucket if shared else (k_stretched.gather(1, k_order) - torch.arange(S, device=device)) // stretch
+    ids = torch.arange(n_buckets + 2, device=device).expand(n, -1).contiguous()
+    starts = torch.searchsorted(k_bucket.contiguous(), ids)  # [n, N + 2]
+    first, last = starts.gather(1, q_bucket), starts.gather(1, q_bucket + 1)
+    if shared:
+        end = slot + 1
+    else:
+        # key j of i's bucket counts if j * L <= i * S; the codes (bucket, position) ascend along the key order
+        code = q_bucket * S + q_order * S // L
+        end = torch.searchsorted(k_bucket * S + k_order, code, right=True)
+
+    lo, hi = _span_interval(o, slot, end, first, last)
+    if o.within_bucket:
+        lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
+        if o.is_causal:
+            # positions ascend within a bucket: "up to i" is an end of the slot interval, and strict, it drops self
+            hi = torch.minimum(hi, end - 1 if shared else end)
+        if shared:
+            # the bucket of padding holds no target
+            hi = torch.where(q_bucket == n_buckets, lo, hi)
+    reach = _reach(o, n, L, shared and o.within_bucket) if shared or o.span == "chunk" else None
+    lo = lo.clamp(0, S)
+    return _Round(q_order, q_slot, k_order, k_slot, lo, torch.maximum(hi.clamp(0, S), lo), reach, o.within_bucket, not o.within_bucket)
+
+
+def _identity_round(n: int, L: int, shared: bool, options: AttentionOptions, device: torch.device) -> _Round:
+    """A round in identity order with a single bucket: local attention, or the round of near tokens."""
+    slot = torch.arange(L, device=device).expand(n, L)
+    lo, hi = _span_interval(options, slot, slot + 1, torch.zeros_like(slot), torch.full_like(slot, L))
+    if options.is_causal:
+        hi = torch.minimum(hi, slot if shared else slot + 1)
+    lo = lo.clamp(0, L)
+    reach = _reach(options, n, L, True)
+    return _Round(slot, slot, slot, slot, lo, torch.maximum(hi.clamp(0, L), lo), reach, True, True)
+
+
+def _span_interval(o: AttentionOptions, slot: Tensor, end: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """[lo, hi) of the query in slot `slot`, up to whose position the key order runs to `end`, in the bucket [first, last)."""
+    if o.span == "window":
+        return end - o.window - 1, end + o.window
+    if o.span == "chunk":
+        chunk = slot // o.chunk_length
+        return (chunk - o.chunks_before) * o.chunk_length, (chunk + 1 + o.chunks_after) * o.chunk_length
+    return first, last
+
+
+def _reach(o: AttentionOptions, n: int, L: int, ordered: bool, *offsets: int) -> tuple[int, int] | None:
+    """How far before its first and after its last slot a tile of queries sees keys, for all tiles of n axes of L slots.
+
+    `ordered`: a causal query sees no slot after its own.
+    """
+    if o.span == "window":
+        left = right = o.window
+    elif o.span == "chunk":
+        # chunks start on multiples of `grid`, so a tile starts at most C - grid slots into a chunk
+        grid = math.gcd(_TILE, o.chunk_length, L if n > 1 else 0, *offsets)
+        slack = o.chunk_length - grid
+        left, right = o.chunks_before * o.chunk_length + slack, o.chunks_after * o.chunk_length + slack
+    else:
+        return None
+    return min(left, L), 0 if o.is_causal and ordered else min(right, L)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- walk
+@dataclass(frozen=True)
+class _Walk:
+    """n slot axes laid end to end: which position each slot holds and the interval of keys that each query sees."""
+
+    q_pos: Tensor  # [n, slots] of queries
+    k_pos: Tensor  # [n, slots] of keys
+    lo: Tensor  # [n, slots], on the axis of all n heads
+    hi: Tensor  # [n, slots]
+    reach: tuple[int, int] | None
+    by_slot: bool
+    meets_padding: bool
+    q_places: list[Tensor]  # per round [n, L]: position -> slot on the axis of all n heads
+    k_places: list[Tensor]  # per round [n, S]
+    earlier: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """Dedupe, per earlier round: of keys 2 * slot [n, slots]; of queries lo + hi - 1 and hi - lo [n, slots]."""
+    repeats: list[tuple[slice, Tensor]] = field(default_factory=list)
+    """Slots that repeat others (both ends of a cyclic axis), per head, and the slots that they repeat."""
+
+
+def _walks(rounds: list[_Round], options: AttentionOptions) -> list[_Walk]:
+    """One walk per round; with wrap one for all hash rounds, as a cyclic sequence."""
+    n_cyclic = len(rounds) - (options.local_window > 0) if options.wrap else 0
+    walks = [_cyclic_walk(rounds[:n_cyclic], options)] if n_cyclic else []
+    for r in range(n_cyclic, len(rounds)):
+        this = rounds[r]
+        earlier = []
+        for other in rounds[:r] if options.dedupe else []:
+            there = other.q_slot.gather(1, this.q_order)
+            lo, hi = other.lo.gather(1, there), other.hi.gather(1, there)
+            earlier.append((2 * other.k_slot.gather(1, this.k_order), lo + hi - 1, hi - lo))
+        q_base, k_base = _axis_starts(this.q_order), _axis_starts(this.k_order)
+        walks.append(
+            _Walk(
+                this.q_order, this.k_order, this.lo + k_base, this.hi + k_base, this.reach, this.by_slot, this.meets_padding,
+                [this.q_slot + q_base], [this.k_slot + k_base], earlier,
+            )
+        )  # fmt: skip
+    return walks
+
+
+def _axis_starts(order: Tensor) -> Tensor:
+    n, length = order.shape
+    return torch.arange(0, n * length, length, device=order.device)[:, None]
+
+
+def _cyclic_walk(rounds: list[_Round], o: AttentionOptions) -> _Walk:
+    """The rounds of a head as one cyclic sequence of chunks, on an axis that repeats both its ends."""
+    (n, L), device = rounds[0].q_order.shape, rounds[0].q_order.device
+    C, n_chunks = o.chunk_length, -(-L // o.chunk_length)
+    length, all_chunks = len(rounds) * L, len(rounds) * n_chunks
+    before, after = o.chunks_before, o.chunks_after
+    if before + 1 + after >= all_chunks:
+        # every chunk once
+        before, after = all_chunks - 1, 0
+    halo, halo_after = min(before * C, length), min(after * C, length)
+
+    def start(chunk):  # first slot of a chunk on the endless sequence
+        return chunk // n_chunks * L + chunk % n_chunks * C
+
+    slots = torch.arange(-halo, length + halo_after, device=device)
+    chunk = slots // L * n_chunks + slots % L // C
+    real = (slots >= 0) & (slots < length)
+    base = torch.arange(0, n * len(slots), len(slots), device=device)[:, None]
+    lo = torch.where(real, start(chunk - before), -halo) + halo + base
+    hi = torch.where(real, start(chunk + after + 1), -halo) + halo + base
+    around = slots % length
+    pos = torch.cat([r.q_order for r in rounds], 1)[:, around]
+    k_pos = torch.cat([r.k_order for r in rounds], 1)[:, around]
+    reach = _reach(o._replace(chunks_before=before, chunks_after=after), n, length, False, L, halo, len(slots) if n > 1 else 0)
+    head, tail = slice(0, halo), slice(halo + length, len(slots))
+    return _Walk(
+        pos, k_pos, lo, hi, reach, False, True,
+        [r.q_slot + base + halo + i * L for i, r in enumerate(rounds)],
+        [r.k_slot + base + halo + i * L for i, r in enumerate(rounds)],
+        repeats=[(part, around[part] + halo) for part in (head, tail) if part.start < part.stop],
+    )  # fmt: skip
+
+
+class _Entries:
+    """A walk cut into blocks of entries, each a tile of _TILE query slots against a window of key slots."""
+
+    def __init__(self, walk: _Walk, buffers: _Buffers):
+        self.walk, self.buffers = walk, buffers
+        self.device = walk.lo.device
+        n_slots = walk.lo.numel()
+        self.n_tiles = -(-n_slots // _TILE)
+        self.tail = self.n_tiles * _TILE - n_slots
+        self.static = walk.reach is not None
+        self.left, self.right = walk.reach or (0, 0)
+        self.width = _TILE + self.left + self.right if self.static else _DYNAMIC_WINDOW
+        # masks are worked out in the narrowest integers that hold doubled slots and positions
+        largest = max(self.width, walk.q_pos.shape[1], walk.k_pos.shape[1])
+        self.int_dtype = torch.int16 if 2 * largest < 2**15 else torch.int32
+        self.lo, self.hi = self.q_side(walk.lo), self.q_side(walk.hi)
+
+    def q_side(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Per query slot [n, slots] -> per tile [n_tiles, _TILE]."""
+        return F.pad(x.flatten().to(dtype or x.dtype), (0, self.tail)).view(self.n_tiles, _TILE)
+
+    def k_side(self, x: Tensor, dtype: torch.dtype | None = None, value: int = 0) -> Tensor:
+        """Per key slot, with room on both sides for the first and the last window."""
+        x = x.flatten().to(dtype or x.dtype)
+        return F.pad(x, (self.left, self.right + self.tail), value=value) if self.static else x
+
+    def blocks(self) -> Iterator[_Block]:
+        size = max(1, _BLOCK_PAIRS // (_TILE * self.width))
+        if self.static:
+            for first in range(0, self.n_tiles, size):
+                tiles = slice(first, min(first + size, self.n_tiles))
+                starts = torch.arange(tiles.start, tiles.stop, device=self.device) * _TILE - self.left
+                yield _Block(self, tiles, starts)
+            return
+        begin, end = self.lo[:, 0], self.hi.amax(1)
+        n_windows = -((begin - end) // self.width)
+        for step in range(int(n_windows.max())):
+            active = (n_windows > step).nonzero().squeeze(1)
+            for tiles in active.split(size):
+                yield _Block(self, tiles, begin[tiles] + step * self.width)
+
+
+class _Block:
+    """Some entries of a walk: tiles of queries [G, M] against windows of keys [G, N]."""
+
+    def __init__(self, entries: _Entries, tiles: slice | Tensor, starts: Tensor):
+        self.entries, self.tiles, self.starts = entries, tiles, starts
+        self.shape = (len(starts), _TILE, entries.width)
+        if entries.static:
+            self.keys = slice(tiles.start * _TILE, tiles.stop * _TILE + entries.left + entries.right)
+        else:
+            last = entries.walk.k_pos.numel() - 1
+            self.keys = (starts[:, None] + torch.arange(entries.width, device=starts.device)).clamp_(max=last)
+
+    def window(self, x: Tensor) -> Tensor:
+        """Per key slot [..] -> per entry [G, N]; overlapping views where the windows are a fixed grid."""
+        x = x[self.keys]
+        return x.as_strided(self.shape[::2], (_TILE, 1)) if self.entries.static else x
+
+    def buffer(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        return self.entries.buffers(name, shape, dtype)
+
+    def key_rows(self, name: str, rows: _Rows, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gather the rows of all key slots of the block: [slots, D] on a fixed grid, else [G, N, D]."""
+        index = index[self.keys]
+        return rows.take(index, self.buffer(name, *index.shape, rows.matrix.shape[1], dtype=dtype))
+
+    def key_windows(self, x: Tensor) -> Tensor:
+        """Key rows as [G, N, D]."""
+        G, _, N = self.shape
+        D = x.shape[-1]
+        return x.as_strided((G, N, D), (_TILE * D, D, 1)) if self.entries.static else x
+
+    def query_rows(self, name: str, rows: _Rows, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gather the rows of the block's queries: [G, M, D]."""
+        index = index[self.tiles]
+        return rows.take(index, self.buffer(name, *index.shape, rows.matrix.shape[1], dtype=dtype))
+
+    def own_rows(self, x: Tensor) -> Tensor:
+        """Of the key rows of a fixed grid, those in the slots of the queries: [G, M, D]."""
+        return x[self.entries.left :][: self.shape[0] * _TILE].view(self.shape[0], _TILE, -1)
+
+    def add_to_keys(self, axis: Tensor, x: Tensor) -> None:
+        """Add x [G, N, D] to the rows of the key axis (k_side layout), each row in a fixed order."""
+        if not self.entries.static:
+            return add_rows(axis, self.keys.flatten(), x.flatten(0, 1))
+        G, M, N = self.shape
+        D = x.shape[-1]
+        # windows overlap, but their parts of M slots do not
+        for part in range(0, N, M):
+            width = min(M, N - part)
+            target = axis[self.keys][part:]
+            target.as_strided((G, width, D), (M * D, D, 1)).add_(x[:, part : part + width])
+
+
+def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
+    """target[index] += rows with repeated indices, in a fixed order."""
+    if target.device.type == "cpu":
+        target.index_add_(0, index, rows)
+    else:
+        # unlike index_add_ this sorts first, so that the sum does not depend on the scheduling of threads
+        target.index_put_((index,), rows, accumulate=True)
+
+
+class _Exclusions:
+    """Integer masks of a walk: an entry >= 1 excludes its pair."""
+
+    def __init__(self, entries: _Entries, shared: bool, padding: Tensor | None, options: AttentionOptions):
+        self.entries = entries
+        walk, dtype = entries.walk, entries.int_dtype
+        self.columns = 2 * torch.arange(entries.width, device=entries.device).to(dtype)
+        self.earlier = [
+            (entries.k_side(slots, dtype), entries.q_side(center, dtype), entries.q_side(width, dtype))
+            for slots, center, width in walk.earlier
+        ]
+        # self: on a fixed grid without repeats it stands on the diagonal; strict intervals have dropped it already
+        strict = options.is_causal and walk.by_slot
+        self.self_on_diagonal = shared and not strict and entries.static and not walk.repeats
+        compare_self = shared and not strict and not self.self_on_diagonal
+        self.compare = "not after" if options.is_causal and not walk.by_slot else "not self" if compare_self else None
+        if self.compare == "not after" and shared:
+            self.compare = "before"
+        if self.compare:
+            self.q_pos, self.k_pos = entries.q_side(walk.q_pos, dtype), entries.k_side(walk.k_pos, dtype)
+        self.padding = None
+        if padding is not None and walk.meets_padding:
+            self.padding = entries.k_side(padding[walk.k_pos], dtype, value=1)
+
+    def of(self, block: _Block) -> Tensor:
+        """[G, M, N], entries >= 1 where the pair is excluded."""
+        dtype, (_, _, N) = self.entries.int_dtype, block.shape
+        bad = block.buffer("bad", *block.shape, dtype=dtype)
+        lo, hi = (
+            (x[block.tiles] - block.starts[:, None]).clamp_(0, N).to(dtype).unsqueeze(-1) for x in (self.entries.lo, self.entries.hi)
+        )
+        torch.sub(self.columns, lo + hi - 1, out=bad).abs_().sub_(hi - lo - 1)
+        if self.self_on_diagonal:
+            bad.diagonal(self.entries.left, 1, 2).fill_(1)
+        test = block.buffer("test", *block.shape, dtype=dtype)
+        for slots, center, width in self.earlier:
+            torch.sub(block.window(slots).unsqueeze(1), center[block.tiles].unsqueeze(-1), out=test).abs_()
+            torch.maximum(bad, torch.sub(width[block.tiles].unsqueeze(-1), test, out=test), out=bad)
+        if self.compare:
+            q_pos, k_pos = self.q_pos[block.tiles].unsqueeze(-1), block.window(self.k_pos).unsqueeze(1)
+            if self.compare == "not self":
+                torch.sub(k_pos, q_pos, out=test).abs_().neg_().add_(1)
+            else:
+                torch.sub(k_pos, q_pos - 1 if self.compare == "before" else q_pos, out=test)
+            torch.maximum(bad, test, out=bad)
+        if self.padding is not None:
+            torch.maximum(bad, block.window(self.padding).unsqueeze(1), out=bad)
+        return bad.clamp_(min=0)
+
+
+# ------------------------------------------------------------------------------------------------------------------ attention
+class _Heads:
+    """Some heads of one batch element: their rows, key norms, and walks."""
+
+    def __init__(self, tensors: _Tensors, b: int, first: int, n: int):
+        o, self.tensors, self.b = tensors.options, tensors, b
+        query, key, state = tensors.query, tensors.key, tensors.state
+        self.heads = slice(first, first + n)
+        self.n, L, S, device = n, query.shape[2], tensors.k_len, query.device
+        self.q_ids = torch.arange(first, first + n, device=device)
+        self.kv_ids = self.q_ids // (query.shape[1] // tensors.value.shape[1])
+        self.padding = None if tensors.padding is None else tensors.padding[b]  # [S]
+        self.inverse_norm = None
+        if tensors.shared:
+            norm = torch.linalg.vector_norm(query[b, self.heads], dim=-1, dtype=tensors.dtype)  # [n, L]
+            inverse = (norm.square() + query.shape[-1] * o.norm_eps).rsqrt() if o.norm_eps else 1 / norm
+            unused = norm == 0 if self.padding is None else (norm == 0) | self.padding
+            self.inverse_norm = inverse.masked_fill(unused, 0)
+
+        rounds = []
+        if o.hashed:
+            stretched = state.q_stretched[b, self.heads]
+            stretched = torch.where(stretched < 0, ~stretched, stretched)
+            for r in range(stretched.shape[1]):
+                q_order = state.q_order[b, self.heads, r]
+                if tensors.shared:
+                    pair = q_order, stretched[:, r]
+                else:
+                    pair = state.k_order[b, self.kv_ids, r], state.k_stretched[b, self.kv_ids, r]
+                rounds.append(_hashed_round(q_order, stretched[:, r], *pair, tensors.shared, o))
+            if o.local_window:
+                local = o._replace(span="window", window=o.local_window)
+                rounds.append(_identity_round(n, L, tensors.shared, local, device))
+        else:
+            rounds.append(_identity_round(n, L, tensors.shared, o, device))
+        self.walks = _walks(rounds, o)
+
+    def self_logits(self) -> Tensor:
+        """s_ii [n, L]."""
+        query = self.tensors.query[self.b, self.heads].to(self.tensors.dtype)
+        key = query * self.inverse_norm.unsqueeze(-1) if self.tensors.shared else self.tensors.key[self.b, self.kv_ids]
+        return torch.einsum("nld,nld->nl", query, key.to(query.dtype)) * self.tensors.options.scale
+
+    def self_keep(self) -> Tensor | float:
+        """Dropout factor of the pairs (i, i), [n, L]."""
+        o, pos = self.tensors.options, torch.arange(self.tensors.query.shape[2], device=self.q_ids.device)
+        if not o.dropout_p:
+            return 1.0
+        keep = dropout_keep(self.tensors.seed, torch.full_like(pos, self.b), self.q_ids[:, None], pos, pos, o.dropout_p)
+        return keep.to(self.tensors.dtype) * _dropout_scale(o.dropout_p)
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """The arguments of forward that backward needs again."""
+
+    query: Tensor
+    key: Tensor | None
+    value: Tensor
+    padding: Tensor | None
+    seed: Tensor | None
+    state: SortedRounds
+    options: AttentionOptions
+
+    @property
+    def shared(self) -> bool:
+        return self.key is None
+
+    @property
+    def k_len(self) -> int:
+        return self.value.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _compute_dtype(self.query.dtype)
+
+    @property
+    def attends_self(self) -> bool:
+        """A query without a target attends itself."""
+        return self.options.hashed and self.query.shape[2] == self.k_len
+
+    def head_blocks(self) -> Iterator[_Heads]:
+        B, H, L, _ = self.query.shape
+        size = max(1, _HEAD_BLOCK_SLOTS // max(L, self.k_len))
+        for b in range(B):
+            for first in range(0, H, size):
+                yield _Heads(self, b, first, min(size, H - first))
+
+
+class _Logits:
+    """Gathers the rows of a block and forms its masked logits."""
+
+    def __init__(self, heads: _Heads, walk: _Walk, buffers: _Buffers, rows: dict[str, _Rows]):
+        self.heads, self.rows, self.tensors = heads, rows, heads.tensors
+        self.entries = entries = _Entries(walk, buffers)
+        self.dtype = self.tensors.dtype
+        self.exclusions = _Exclusions(entries, self.tensors.shared, heads.padding, self.tensors.options)
+        self.k_pos = walk.k_pos
+        key_rows, ids = (rows["query"], heads.q_ids) if self.tensors.shared else (rows["key"], heads.kv_ids)
+        self.q_index = self.query_index("query")
+        self.k_index = entries.k_side(key_rows.index(heads.b, ids, walk.k_pos))
+        self.v_index = entries.k_side(rows["value"].index(heads.b, heads.kv_ids, walk.k_pos))
+        if self.tensors.shared:
+            self.inverse_norm = entries.k_side(heads.inverse_norm.gather(1, walk.k_pos))
+        self.padding = None
+        if heads.padding is not None:
+            self.padding = entries.k_side(heads.padding[walk.k_pos], value=1)
+        if self.tensors.options.dropout_p:
+            self.q_pos, self.q_head = entries.q_side(walk.q_pos), entries.q_side(heads.q_ids[:, None].expand_as(walk.q_pos))
+            self.k_pos = entries.k_side(walk.k_pos)
+
+    def query_index(self, name: str) -> Tensor:
+        """Row numbers of a tensor [B,H,L,..] for the queries of every tile."""
+        return self.entries.q_side(self.rows[name].index(self.heads.b, self.heads.q_ids, self.entries.walk.q_pos))
+
+    def operands(self, block: _Block) -> tuple[Tensor, Tensor, Tensor]:
+        """q [G,M,D], k [G,N,D], v [G,N,Dv], keys normalised if shared, padded rows zero."""
+        key_name = "query" if self.tensors.shared else "key"
+        x = block.key_rows("x", self.rows[key_name], self.k_index, self.dtype)
+        v = block.key_rows("v", self.rows["value"], self.v_index, self.dtype)
+        if self.padding is not None:
+            # whatever stands in a padded row, 0 * it must be 0
+            padded = self.padding[block.keys].unsqueeze(-1)
+            x.masked_fill_(padded, 0)
+            v.masked_fill_(padded, 0)
+        if self.tensors.shared and self.entries.static:
+            q = block.own_rows(x)
+        else:
+            q = block.query_rows("q", self.rows["query"], self.q_index, self.dtype)
+            if self.tensors.shared and self.padding is not None:
+                q.masked_fill_(self.heads.padding[self.entries.q_side(self.entries.walk.q_pos)[block.tiles]].unsqueeze(-1), 0)
+        k = x
+        if self.tensors.shared:
+            k = torch.mul(x, self.inverse_norm[block.keys].unsqueeze(-1), out=block.buffer("k", *x.shape, dtype=self.dtype))
+        return q, block.key_windows(k), block.key_windows(v)
+
+    def of(self, block: _Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Masked logits [G,M,N], and a second buffer of their shape."""
+        logits, other = (block.buffer(name, *block.shape, dtype=self.dtype) for name in ("logits", "probs"))
+        torch.baddbmm(logits, q, k.transpose(1, 2), beta=0, alpha=self.tensors.options.scale, out=logits)
+        other.copy_(self.exclusions.of(block))
+        return logits.add_(other, alpha=-_EXCLUDE), other
+
+    def keep(self, block: _Block) -> Tensor | None:
+        """Dropout factors [G,M,N]."""
+        p = self.tensors.options.dropout_p
+        if not p:
+            return None
+        q_pos, head = self.q_pos[block.tiles].unsqueeze(-1), self.q_head[block.tiles].unsqueeze(-1)
+        batch = torch.full_like(head, self.heads.b)
+        keep = dropout_keep(self.tensors.seed, batch, head, q_pos, block.window(self.k_pos).unsqueeze(1), p)
+        return keep.to(self.dtype) * _dropout_scale(p)
+
+
+def attention_fwd(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    state: SortedRounds,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
+    """Interval attention over all rounds, combined: out [B,H,L,Dv], lse [B,H,L]. Marks self-only queries in `state`."""
+    tensors = _Tensors(query, key, value, key_padding_mask, seed, state, options)
+    B, H, L, _ = query.shape
+    Dv, dtype = value.shape[-1], tensors.dtype
+    out = torch.empty(B, H, L, Dv, dtype=query.dtype, device=query.device)
+    lse = torch.empty(B, H, L, dtype=dtype, device=query.device)
+    rows = {name: _Rows(x) for name, x in (("query", query), ("key", key), ("value", value)) if x is not None}
+    buffers = _Buffers(query.device)
+    for heads in tensors.head_blocks():
+        logits_of = [_Logits(heads, walk, buffers, rows) for walk in heads.walks]
+        first_tile = np.cumsum([0] + [x.entries.n_tiles for x in logits_of]).tolist()
+        part_out = buffers("part_out", (first_tile[-1], _TILE, Dv), dtype)
+        part_lse = buffers("part_lse", (first_tile[-1], _TILE), dtype)
+        for r, source in enumerate(logits_of):
+            span = slice(first_tile[r], first_tile[r + 1])
+            _walk_fwd(source, part_out[span], part_lse[span])
+
+        places = torch.stack(
+            [place + first * _TILE for first, walk in zip(first_tile, heads.walks) for place in walk.q_places], -1
+        )  # [n, L, R]
+        weights, total = _round_weights(part_lse.view(-1)[places], -1)
+        combined = F.embedding_bag(
+            places.flatten(0, 1), part_out.view(-1, Dv), per_sample_weights=weights.flatten(0, 1), mode="sum"
+        ).view(heads.n, L, Dv)
+        if tensors.attends_self:
+            alone = total == -math.inf
+            if heads.padding is not None:
+                alone &= ~heads.padding
+            own_value = value[heads.b, heads.kv_ids].to(dtype)
+            keep = heads.self_keep()
+            own_value = own_value * (keep.unsqueeze(-1) if isinstance(keep, Tensor) else keep)
+            combined = torch.where(alone.unsqueeze(-1), own_value, combined)
+            total = torch.where(alone, heads.self_logits() - (1e5 if tensors.shared else 0), total)
+            first_round = state.q_stretched[heads.b, heads.heads, 0]
+            first_round.copy_(torch.where(alone, ~first_round, first_round))
+        out[heads.b, heads.heads] = combined
+        lse[heads.b, heads.heads] = total
+    return out, lse
+
+
+def _walk_fwd(source: _Logits, out: Tensor, lse: Tensor) -> None:
+    """Partial results of one walk in slot order: out [n_tiles, M, Dv], lse [n_tiles, M]."""
+    static = source.entries.static
+    if not static:
+        out.zero_()
+        lse.fill_(-math.inf)
+    for block in source.entries.blocks():
+        q, k, v = source.operands(block)
+        logits, probs = source.of(block, q, k)
+        torch.softmax(logits, -1, out=probs)
+        top = logits.amax(-1)
+        # the largest probability is 1 / sum(exp(s - top))
+        block_lse = (top - probs.amax(-1).log()).masked_fill_(top < -_EXCLUDE / 2, -math.inf)
+        keep = source.keep(block)
+        if keep is not None:
+            probs.mul_(keep)
+        if static:
+            torch.bmm(probs, v, out=out[block.tiles])
+            lse[block.tiles] = block_lse
+        else:
+            weights, total = _round_weights(torch.stack((lse[block.tiles], block_lse)), 0)
+            old, new = weights.unsqueeze(-1)
+            out[block.tiles] = old * out[block.tiles] + new * torch.bmm(probs, v)
+            lse[block.tiles] = total
+
+
+def attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    state: SortedRounds,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of query, key (None if shared) and value, from probabilities recomputed as exp(s - lse)."""
+    tensors = _Tensors(query, key, value, key_padding_mask, seed, state, options)
+    B, H, L, D = query.shape
+    Dv, dtype, shared, device = value.shape[-1], tensors.dtype, tensors.shared, query.device
+    dquery = torch.empty(B, H, L, D, dtype=query.dtype, device=device)
+    # heads of a group add up in their shared key head
+    grouped = value.shape[1] != H
+    dkey = None if shared else torch.zeros(key.shape, dtype=dtype if grouped else key.dtype, device=device)
+    dvalue = torch.zeros(value.shape, dtype=dtype if grouped else value.dtype, device=device)
+    rows = {"query": query, "key": key, "value": value, "dout": dout}
+    rows = {name: _Rows(x) for name, x in rows.items() if x is not None}
+    buffers = _Buffers(device)
+    for heads in tensors.head_blocks():
+        b, own = heads.b, heads.heads
+        d_out = dout[b, own].to(dtype)
+        delta = torch.einsum("nld,nld->nl", d_out, out[b, own].to(dtype))
+        d_lse = None
+        if dlse is not None:
+            d_lse = dlse[b, own].to(dtype).masked_fill(lse[b, own] == -math.inf, 0)
+            delta = delta - d_lse
+        # without a target every pair is excluded, so any finite lse gives probabilities of 0
+        own_lse = lse[b, own].masked_fill(lse[b, own] == -math.inf, 0)
+
+        logits_of = [_Logits(heads, walk, buffers, rows) for walk in heads.walks]
+        first_q = np.cumsum([0] + [x.entries.n_tiles * _TILE for x in logits_of]).tolist()
+        first_k = np.cumsum([0] + [len(x.v_index) for x in logits_of]).tolist()
+        dq_axis = buffers("dq_axis", (first_q[-1], D), dtype)
+        dk_axis = buffers("dk_axis", (first_k[-1], D), dtype).zero_()
+        dv_axis = buffers("dv_axis", (first_k[-1], Dv), dtype).zero_()
+        for r, source in enumerate(logits_of):
+            q_span, k_span = slice(first_q[r], first_q[r + 1]), slice(first_k[r], first_k[r + 1])
+            _walk_bwd(source, own_lse, delta, dq_axis[q_span].view(-1, _TILE, D), dk_axis[k_span], dv_axis[k_span])
+
+        q_places = [place + first for first, walk in zip(first_q, heads.walks) for place in walk.q_places]
+        k_places = [
+            place + first + source.entries.left
+            for first, source in zip(first_k, logits_of)
+            for place in source.entries.walk.k_places
+        ]
+        dq = _sum_rounds(dq_axis, q_places).mul_(options.scale)  # [n, L, D]
+        dk = _sum_rounds(dk_axis, k_places).mul_(options.scale)  # [n, S, D]
+        dv = _sum_rounds(dv_axis, k_places)  # [n, S, Dv]
+        if tensors.attends_self:
+            _add_self_only(heads, d_out, d_lse, dq, dk, dv)
+        if shared:
+            # k = q / |q|, so the gradient through k loses its part along k
+            k = query[b, own].to(dtype) * heads.inverse_norm.unsqueeze(-1)
+            if heads.padding is not None:
+                k.masked_fill_(heads.padding[:, None], 0)
+                dq.masked_fill_(heads.padding[:, None], 0)
+            dk.sub_(k.mul_(torch.einsum("nld,nld->nl", k, dk).unsqueeze(-1)))
+            dq.addcmul_(dk, heads.inverse_norm.unsqueeze(-1))
+        dquery[b, own] = dq
+        for total, part in ((dkey, dk), (dvalue, dv)):
+            if total is not None and grouped:
+                add_rows(total[b], heads.kv_ids, part)
+            elif total is not None:
+                total[b, own] = part
+    if grouped:
+        dkey, dvalue = dkey.to(key.dtype), dvalue.to(value.dtype)
+    return dquery, dkey, dvalue
+
+
+def _sum_rounds(axis: Tensor, places: list[Tensor]) -> Tensor:
+    """Rows of a slot axis back in positions, summed over rounds: places R x [n, L] -> [n, L, D]."""
+    index = torch.stack(places, -1)
+    return F.embedding_bag(index.flatten(0, 1), axis, mode="sum").view(*index.shape[:2], axis.shape[-1])
+
+
+def _walk_bwd(source: _Logits, lse: Tensor, delta: Tensor, dq_tiles: Tensor, dk_axis: Tensor, dv_axis: Tensor) -> None:
+    """Gradients of one walk in slot order, without the factor `scale` of dq and dk."""
+    entries, walk = source.entries, source.entries.walk
+    dout_index = source.query_index("dout")
+    lse, delta = entries.q_side(lse.gather(1, walk.q_pos)), entries.q_side(delta.gather(1, walk.q_pos))
+    if not entries.static:
+        dq_tiles.zero_()
+    for block in entries.blocks():
+        q, k, v = source.operands(block)
+        dout = block.query_rows("dout", source.rows["dout"], dout_index, source.dtype)
+        logits, dprobs = source.of(block, q, k)
+        probs = logits.sub_(lse[block.tiles].unsqueeze(-1)).exp_()
+        keep = source.keep(block)
+        torch.bmm(dout, v.transpose(1, 2), out=dprobs)
+        dropped = probs
+        if keep is not None:
+            dprobs.mul_(keep)
+            dropped = probs * keep
+        (G, _, N), D, Dv = block.shape, q.shape[-1], v.shape[-1]
+        d_v = block.buffer("d_v", G, N, Dv, dtype=source.dtype)
+        block.add_to_keys(dv_axis, torch.bmm(dropped.transpose(1, 2), dout, out=d_v))
+        dlogits = dprobs.sub_(delta[block.tiles].unsqueeze(-1)).mul_(probs)
+        d_k = block.buffer("d_k", G, N, D, dtype=source.dtype)
+        block.add_to_keys(dk_axis, torch.bmm(dlogits.transpose(1, 2), q, out=d_k))
+        if entries.static:
+            torch.bmm(dlogits, k, out=dq_tiles[block.tiles])
+        else:
+            dq_tiles[block.tiles] += torch.bmm(dlogits, k)
+
+    n, n_slots = walk.k_pos.shape
+    for axis in (dk_axis, dv_axis):
+        per_head = axis[entries.left :][: n * n_slots].view(n, n_slots, -1)
+        for part, canonical in walk.repeats:
+            per_head.index_add_(1, canonical, per_head[:, part].clone())
+
+
+def _add_self_only(heads: _Heads, dout: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Queries whose only target is themselves: out = v_i, and lse = s_ii up to a constant."""
+    tensors, b, own = heads.tensors, heads.b, heads.heads
+    alone = (tensors.state.q_stretched[b, own, 0] < 0).unsqueeze(-1)  # [n, L, 1]
+    keep = heads.self_keep()
+    dv += torch.where(alone, dout * (keep.unsqueeze(-1) if isinstance(keep, Tensor) else keep), 0)
+    if dlse is not None:
+        query = tensors.query[b, own].to(dq.dtype)
+        key = query * heads.inverse_norm.unsqueeze(-1) if tensors.shared else tensors.key[b, heads.kv_ids].to(dq.dtype)
+        dlogit = torch.where(alone, dlse.unsqueeze(-1) * tensors.options.scale, 0)
+        dq += torch.where(alone, dlogit * key, 0)
+        dk += torch.where(alone, dlogit * query, 0)

@@ -1,0 +1,58 @@
+"""Device, interpreter switch, seeds, NaN-filled `torch.empty`, guard zones, the gpu marker."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # has to be set before any kernel is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+# fills torch.empty with NaN: a place that nobody wrote shows
+torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_GPU:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="torch sees no GPU"))
+
+
+@pytest.fixture
+def device():
+    """Where kernels run: the GPU, or CPU tensors under Triton's interpreter."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def guard_zones(monkeypatch):
+    """Puts guard elements around every `torch.empty` of the test; call the fixture's value to check them."""
+    width, buffers = 64, []
+    torch_empty = torch.empty
+
+    def guarded_empty(*size, **kwargs):
+        shape = torch_empty(*size, device="meta").shape
+        buffer = torch_empty(shape.numel() + 2 * width, **kwargs).fill_(7)
+        buffers.append(buffer)
+        inner = buffer[width : width + shape.numel()]
+        return inner.fill_(float("nan") if inner.is_floating_point() else -1).view(shape)
+
+    def check():
+        assert buffers, "nothing was allocated"
+        for buffer in buffers:
+            assert (buffer[:width] == 7).all() and (buffer[-width:] == 7).all(), "a write left its buffer"
+
+    monkeypatch.setattr(torch, "empty", guarded_empty)
+    return check

@@ -1,0 +1,153 @@
+"""Kernels compiled offline, for GPUs that are not there, just as their launchers launch them.
+
+Run as a script with a target's name this file compiles all of LAUNCHES and prints what came out as JSON. That needs a
+process of its own: TRITON_INTERPRET, which the other tests rely on, breaks compilation.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+def combine_rounds(length, n_hashes, head_dim, dtype, n_heads=2):
+    from lsh_kernels.csrc_triton.combine_rounds import combine_rounds
+
+    lse = torch.zeros(1, n_heads, n_hashes, length)
+    combine_rounds(torch.zeros(*lse.shape, head_dim, dtype=dtype), lse)
+
+
+# what to call, on CPU tensors, and how many bytes one program has to fetch by 128-bit loads
+LAUNCHES = {
+    "combine_rounds-bf16-D64": (lambda: combine_rounds(4096, 4, 64, torch.bfloat16), 4 * 4096),
+    "combine_rounds-bf16-D64-odd-length": (lambda: combine_rounds(1021, 4, 64, torch.bfloat16), 4 * 4096),
+    "combine_rounds-fp32-D128": (lambda: combine_rounds(512, 4, 128, torch.float32), 4 * 4096),
+    "combine_rounds-fp16-D256-17-rounds": (lambda: combine_rounds(128, 17, 256, torch.float16), 17 * 4096),
+    "combine_rounds-fp32-D33": (lambda: combine_rounds(7, 3, 33, torch.float32), 0),
+    "combine_rounds-fp16-all-sizes-1": (lambda: combine_rounds(1, 1, 1, torch.float16, n_heads=1), 0),
+}
+
+# the same call at any length
+AT_LENGTH = {"combine_rounds": lambda length: combine_rounds(length, 4, 64, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_compile_without_spills_and_with_wide_loads(launch, target):
+    kernels = compiled(target)[launch]
+    assert kernels, "the launcher launched nothing"
+    for kernel in kernels:
+        assert not any(kernel["spills"].values()), kernel
+    fetched = sum(16 * kernel["wide_loads"] * kernel["threads"] for kernel in kernels)
+    assert fetched >= LAUNCHES[launch][1], f"{fetched} bytes by 128-bit loads: {kernels}"
+
+
+@pytest.mark.parametrize("launcher", AT_LENGTH)
+def test_compile_makes_few_variants_over_lengths(launcher):
+    """Two beside that of length 1, or users wait for the compiler again and again (at head dims divisible by 16)."""
+    kernels = compiled("sm_90")[launcher]
+    assert len({kernel["hash"] for kernel in kernels}) <= 3 * len({kernel["name"] for kernel in kernels})
+
+
+@functools.cache
+def compiled(target):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, target], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def compile_all(target):
+    """{name of the launch: [what each of its kernels came to]}; the launchers run, their kernels are only compiled."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget(*TARGETS[target])
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    triton.runtime.driver.set_active(Driver())
+    compiled_kernels = []
+    run = JITFunction.run
+
+    def only_compile(self, *args, warmup, **kwargs):
+        compiled_kernels.append(run(self, *args, warmup=True, **kwargs))
+
+    def kernels_of(launch, *args):
+        compiled_kernels.clear()
+        launch(*args)
+        return [inspect_kernel(kernel) for kernel in compiled_kernels]
+
+    JITFunction.run = only_compile
+    report = {name: kernels_of(launch) for name, (launch, _) in LAUNCHES.items()}
+    for name, launch in AT_LENGTH.items():
+        report[name] = [kernel for length in (1, 2, 16, 28, 33, 100, 4096) for kernel in kernels_of(launch, length)]
+    return report
+
+
+def inspect_kernel(kernel):
+    target = kernel.metadata.target
+    inspect = inspect_cubin if target.backend == "cuda" else inspect_amdgcn
+    n_threads = kernel.metadata.num_warps * target.warp_size
+    return {"name": kernel.name, "hash": kernel.hash, "threads": n_threads, **inspect(kernel.asm)}
+
+
+def inspect_cubin(asm):
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = run_tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        sass = run_tool(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    return {
+        "registers": int(re.search(r"\bREG:(\d+)", usage)[1]),
+        "spills": {
+            "stack": int(re.search(r"\bSTACK:(\d+)", usage)[1]),
+            "STL": len(re.findall(r"\bSTL\b", sass)),
+            "LDL": len(re.findall(r"\bLDL\b", sass)),
+        },
+        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.[\w.]*\b128\b", sass)),
+    }
+
+
+def inspect_amdgcn(asm):
+    text = asm["amdgcn"]
+
+    def count(name):
+        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+
+    spills = ("private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
+    return {
+        "registers": count("vgpr_count"),
+        "spills": {name: count(name) for name in spills},
+        "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
+    }
+
+
+def run_tool(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(sys.argv[1]), indent=1))
