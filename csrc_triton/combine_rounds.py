@@ -1,21 +1,53 @@
 """Joins the partial results of the hash rounds: softmax over the rounds' log-sum-exps."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from ._tile import dropout_args, dropout_keep, unmarked
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@triton.jit(do_not_specialize=["L"])
+class SelfOnly(NamedTuple):
+    """What a query that found no key in any round needs to attend itself; see `attention_fwd`."""
+
+    query: torch.Tensor
+    key: torch.Tensor | None  # None: shared QK
+    value: torch.Tensor
+    padding: torch.Tensor | None  # contiguous
+    seed: torch.Tensor | None
+    inverse_norm: torch.Tensor | None
+    q_stretched: torch.Tensor  # such queries are marked in its first round
+    scale: float
+    dropout_p: float
+
+
+class _Case(NamedTuple):
+    """SelfOnly as constants of the kernel."""
+
+    SHARED: bool
+    HAS_PADDING: bool
+    DROPOUT: bool
+    R_HASHED: int
+    D: int
+    BLOCK_D: int
+
+
+@triton.jit(do_not_specialize=["L", "keep_from"])
 def _combine_rounds_fwd_kernel(
     out_ptr, lse_ptr,                # inputs   [B, H, R, L, DV], [B, H, R, L] contiguous
+    q_ptr, k_ptr, v_ptr, inverse_norm_ptr, padding_ptr, seed_ptr,  # inputs of SelfOnly, which is None or a _Case
+    stretched_ptr,                   # in and out [B, H, R_HASHED, L] contiguous
     combined_ptr, combined_lse_ptr,  # outputs  [B, H, L, DV], [B, H, L] contiguous
-    out_strides, H, L,
-    R: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    out_strides, q_strides, k_strides, v_strides, H, HKV, L, scale, keep_from, keep_scale,
+    R: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SELF: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M positions of one head: reads their R partial rows and log-sum-exps, weighs the rows by
-    softmax(lse) and writes one row and one lse per position. A round with lse = -inf is not read."""
+    softmax(lse) and writes one row and one lse per position. A round with lse = -inf is not read. With SELF a query
+    without any round that is no padding attends itself and is marked."""
     pid = tl.program_id(0)
     n_tiles = tl.cdiv(L, BLOCK_M)
     pid_bh = (pid // n_tiles).to(tl.int64)
@@ -51,18 +83,46 @@ def _combine_rounds_fwd_kernel(
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)
     offs_row = pid_bh * L + offs_m
-    combined = (acc / l_i[:, None]).to(combined_ptr.dtype.element_ty)
+    combined = acc / l_i[:, None]
+    total = m_i + tl.log(l_i)
+    if SELF is not None:
+        alone_mask = row_mask & (m_i == float("-inf"))
+        if SELF.HAS_PADDING:
+            alone_mask &= tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=1) == 0
+        hkv = h // (H // HKV)
+        v_ptrs = v_ptr + b * v_strides[0] + hkv * v_strides[1] + offs_m[:, None] * v_strides[2] + offs_d[None, :]
+        v = tl.load(v_ptrs, mask=alone_mask[:, None] & col_mask[None, :], other=0.0).to(tl.float32)
+        if SELF.DROPOUT:
+            offs_i = offs_m.to(tl.int32)
+            v *= tl.where(dropout_keep(seed_ptr, offs_i, offs_i, h, b, keep_from), keep_scale, 0.0)[:, None]
+        # rows that found keys have v = 0 here
+        combined += v
+        offs_qk = tl.arange(0, SELF.BLOCK_D)
+        qk_mask = alone_mask[:, None] & (offs_qk < SELF.D)[None, :]
+        q_ptrs = q_ptr + b * q_strides[0] + h * q_strides[1] + offs_m[:, None] * q_strides[2] + offs_qk[None, :]
+        q = tl.load(q_ptrs, mask=qk_mask, other=0.0).to(tl.float32)
+        if SELF.SHARED:
+            inverse_norm = tl.load(inverse_norm_ptr + offs_row, mask=alone_mask, other=0.0)
+            own_logit = tl.sum(q * q, 1) * inverse_norm * scale - 1e5
+        else:
+            k_ptrs = k_ptr + b * k_strides[0] + hkv * k_strides[1] + offs_m[:, None] * k_strides[2] + offs_qk[None, :]
+            own_logit = tl.sum(q * tl.load(k_ptrs, mask=qk_mask, other=0.0).to(tl.float32), 1) * scale
+        total = tl.where(alone_mask, own_logit, total)
+        stretched_ptrs = stretched_ptr + pid_bh * SELF.R_HASHED * L + offs_m
+        stretched = tl.load(stretched_ptrs, mask=alone_mask, other=0)
+        tl.store(stretched_ptrs, ~unmarked(stretched), mask=alone_mask)
     combined_ptrs = combined_ptr + offs_row[:, None] * DV + offs_d[None, :]
-    tl.store(combined_ptrs, combined, mask=row_mask[:, None] & col_mask[None, :])
-    tl.store(combined_lse_ptr + offs_row, m_i + tl.log(l_i), mask=row_mask)
+    tl.store(combined_ptrs, combined.to(combined_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
+    tl.store(combined_lse_ptr + offs_row, total, mask=row_mask)
 
 
-def combine_rounds(out, lse):
+def combine_rounds(out, lse, self_only=None):
     """Softmax over rounds: `combined = sum_r exp(lse_r - lse) out_r`, `lse = logsumexp_r lse_r`.
 
     Args:
         out: [B, H, R, L, Dv], each round's attention output; fp16, bf16 or fp32; last dimension contiguous.
         lse: [B, H, R, L] float32, natural log; -inf where a round has nothing (its row of `out` is then not read).
+        self_only: a `SelfOnly`, where a query without any round attends itself and is marked in `q_stretched`.
 
     Returns:
         combined [B, H, L, Dv] in the dtype of `out`, lse [B, H, L] float32; 0 and -inf where no round has anything.
@@ -74,10 +134,18 @@ def combine_rounds(out, lse):
     combined = torch.empty((B, H, L, Dv), dtype=out.dtype, device=out.device)
     combined_lse = torch.empty((B, H, L), dtype=torch.float32, device=out.device)
     block_m, block_d, num_warps = _launch_config(Dv, out.dtype)
+    own = self_only or SelfOnly(None, None, None, None, None, None, None, 1.0, 0.0)
+    case, qkv = None, (out, out, out)
+    if self_only:
+        D = own.query.shape[3]
+        qk_block = max(16, triton.next_power_of_2(D))
+        case = _Case(own.key is None, own.padding is not None, own.dropout_p > 0, own.q_stretched.shape[2], D, qk_block)
+        qkv = (own.query, own.query if own.key is None else own.key, own.value)
     with torch.cuda.device_of(out):
         _combine_rounds_fwd_kernel[(B * H * triton.cdiv(L, block_m),)](
-            out, lse, combined, combined_lse, out.stride(), H, L,
-            R=R, DV=Dv, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=num_warps,
+            out, lse, *qkv, own.inverse_norm, own.padding, own.seed, own.q_stretched, combined, combined_lse,
+            out.stride(), *(x.stride() for x in qkv), H, qkv[2].shape[1], L, own.scale, *dropout_args(own.dropout_p),
+            R=R, DV=Dv, BLOCK_M=block_m, BLOCK_D=block_d, SELF=case, num_warps=num_warps,
         )  # fmt: skip
     return combined, combined_lse
 

@@ -44,6 +44,15 @@ def by_hand(layer, x, padding=None, is_causal=False):
     return layer.norm2(x + layer.linear2(F.relu(layer.linear1(x))))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors are tiny here: on a busy machine two threads take ten times longer than one, waiting for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 @pytest.fixture
 def spy(monkeypatch):
     """The keyword arguments of every call of lsh_attention that a module makes."""
@@ -157,15 +166,25 @@ def test_modules_rotations_stay_out_of_the_state_dict_and_survive_moves(which):
     assert layer.rotations is None  # training has no use for them
     layer.eval()
     rotations = layer.rotations.clone()
-    assert rotations.dtype == torch.float32 and not any("rotations" in key for key in layer.state_dict())
+    assert rotations.dtype == torch.float32 and 0.9 < rotations.std() < 1.1
+    assert not any("rotations" in key for key in layer.state_dict())
     layer.to(torch.bfloat16).to("cpu")
     assert torch.equal(layer.rotations, rotations)
     assert run(layer, torch.randn(2, L, E, dtype=torch.bfloat16)).dtype == torch.bfloat16
     layer.to("meta").to_empty(device="cpu")
     assert torch.equal(layer.rotations, rotations)
+    layer.train().to(torch.float16).float().eval()
+    assert torch.equal(layer.rotations, rotations)
+    # weights assigned to a module that was built without memory
+    weights = layer.state_dict()
+    layer = both_layers(device="meta")[which].eval()
+    layer.load_state_dict(weights, assign=True)
+    run(layer, torch.randn(2, L, E))
+    assert torch.equal(layer.rotations, rotations)
     # whoever sets the flag by hand
-    layer.rotations = None
-    run(layer.float(), torch.randn(2, L, E))
+    layer = both_layers()[which]
+    layer.training = False
+    run(layer, torch.randn(2, L, E))
     assert torch.equal(layer.rotations, rotations)
 
 
@@ -237,8 +256,10 @@ def test_modules_cross_attention_is_the_functional_call():
 
 
 def test_modules_one_tensor_or_three_equal_ones_is_the_same():
-    layer, x = multihead().eval(), torch.randn(3, L, E)
+    layer, x, value = multihead().eval(), torch.randn(3, L, E), torch.randn(3, L, E)
     torch.testing.assert_close(layer(x, x.clone(), x.clone(), need_weights=False)[0], attend(layer, x))
+    expected = layer(x, x.clone(), value, need_weights=False)[0]
+    torch.testing.assert_close(layer(x, x, value, need_weights=False)[0], expected)
 
 
 @pytest.mark.parametrize("shared_qk", [False, True])
@@ -295,8 +316,8 @@ def test_modules_dropout_in_training_only(spy):
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("masks", ["none", "bool", "float", "causal", "causal bool", "causal float", "attn float"])
 def test_modules_exact_below_is_multihead_attention(spy, masks, batch_first, need_weights):
-    exact = nn.MultiheadAttention(E, H, batch_first=batch_first)
-    lsh = LSHMultiheadAttention(E, H, batch_first=batch_first, exact_below=L + 1, config=CONFIG)
+    exact = nn.MultiheadAttention(E, H, dropout=0.3, batch_first=batch_first)
+    lsh = LSHMultiheadAttention(E, H, dropout=0.3, batch_first=batch_first, exact_below=L + 1, config=CONFIG)
     lsh.load_state_dict(exact.state_dict())
     x = torch.randn(3, L, E) if batch_first else torch.randn(L, 3, E)
     wanted, options = {}, {"need_weights": need_weights, "average_attn_weights": False}
@@ -308,14 +329,16 @@ def test_modules_exact_below_is_multihead_attention(spy, masks, batch_first, nee
         wanted["is_causal"] = given["is_causal"] = True
     if "attn" in masks:
         wanted["attn_mask"] = given["attn_mask"] = torch.randn(3 * H, L, L)
-    for mode in (True, False):
-        got, expected = (
-            m.train(mode)(x, x, x, **options, **given_or_wanted)
-            for m, given_or_wanted in ((lsh, given), (exact, wanted))
-        )
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6) if b is not None else None
-            assert (a is None) == (b is None)
+    for training in (True, False):
+        torch.manual_seed(1)
+        expected, expected_weights = exact.train(training)(x, x, x, **options, **wanted)
+        torch.manual_seed(1)
+        out, weights = lsh.train(training)(x, x, x, **options, **given)
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+        if need_weights:
+            torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=1e-6)
+        else:
+            assert weights is None
     assert not spy
 
 
@@ -332,21 +355,26 @@ def test_modules_exact_below_counts_the_longer_length(spy):
     cross = multihead(exact_below=30, kdim=7, vdim=9)
     exact = nn.MultiheadAttention(E, H, batch_first=True, kdim=7, vdim=9)
     exact.load_state_dict(cross.state_dict())
-    inputs = short[0], torch.randn(11, 7), torch.randn(11, 9)
-    for a, b in zip(cross(*inputs), exact(*inputs), strict=True):
-        torch.testing.assert_close(a, b)
+    for query, key, value in (
+        (short[0], torch.randn(11, 7), torch.randn(11, 9)),
+        (short, torch.randn(1, 11, 7), torch.randn(1, 11, 9)),
+    ):
+        for a, b in zip(cross(query, key, value), exact(query, key, value), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_modules_exact_below_with_shared_qk_is_one_softmax_over_shared_keys(is_causal):
-    layer, x = multihead(shared_qk=True, exact_below=L + 1).eval(), torch.randn(3, L, E)
+    length, padding = 150, torch.arange(150) >= torch.tensor([150, 99, 5])[:, None]
+    layer, x = multihead(shared_qk=True, exact_below=length + 1).eval(), torch.randn(3, length, E)
     q, _, v = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in F.linear(x, layer.in_proj_weight).chunk(3, -1))
-    hidden = PADDING[:, None, None, :] | torch.eye(L, dtype=torch.bool) | (causal_mask(L) if is_causal else False)
-    alone = hidden.all(-1, keepdim=True) & torch.eye(L, dtype=torch.bool)
+    itself = torch.eye(length, dtype=torch.bool)
+    hidden = padding[:, None, None, :] | itself | (causal_mask(length) if is_causal else False)
+    alone = hidden.all(-1, keepdim=True) & itself
     logits = (q @ F.normalize(q, dim=-1).mT).masked_fill(hidden & ~alone, -torch.inf)
     expected = layer.out_proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    got = attend(layer, x, key_padding_mask=PADDING, is_causal=is_causal)
-    torch.testing.assert_close(got[~PADDING], expected[~PADDING])
+    got = attend(layer, x, key_padding_mask=padding, is_causal=is_causal)
+    torch.testing.assert_close(got[~padding], expected[~padding])
     with pytest.raises(ValueError, match="need_weights"):
         layer(x, x, x)
 
@@ -456,6 +484,12 @@ X, Y = torch.randn(3, L, E), torch.randn(3, 13, E)
             r"key_padding_mask: got shape \(3, 40\), wanted \(3, 13\)",
         ),
         (
+            (X[0], X[0], X[0]),
+            {"key_padding_mask": PADDING[0, 1:]},
+            ValueError,
+            r"key_padding_mask: got shape \(39,\), wanted \(40,\)",
+        ),
+        (
             (X, X, X),
             {"key_padding_mask": PADDING.int()},
             TypeError,
@@ -547,6 +581,7 @@ def test_modules_encoder_with_padding_in_eval(spy, build, way):
 def test_modules_encoder_layer_in_eval_by_hand(spy, fastpath):
     layer = encoder_layer().eval()
     layer.self_attn = multihead().eval()
+    layer.self_attn._reset_parameters()
     x = torch.randn(3, L, E)
     torch.backends.mha.set_fastpath_enabled(fastpath)
     try:

@@ -59,7 +59,13 @@ class LSHConfig:
     norm_eps: float = 0.0
 
     def __post_init__(self):
-        for name, least in (("n_hashes", 1), ("chunk_length", 1), ("chunks_before", 0), ("chunks_after", 0), ("local_window", 0)):
+        for name, least in (
+            ("n_hashes", 1),
+            ("chunk_length", 1),
+            ("chunks_before", 0),
+            ("chunks_after", 0),
+            ("local_window", 0),
+        ):
             _check_int(name, getattr(self, name), least)
         if self.window is not None:
             _check_int("window", self.window, 1)
@@ -76,7 +82,9 @@ class LSHConfig:
             factors = bucket_factors(self.n_buckets)
             object.__setattr__(self, "n_buckets", factors if len(factors) > 1 else factors[0])
         if self.span != "chunk" and not self.within_bucket:
-            raise ValueError(f'within_bucket: got False with span="{self.span}", wanted True (only span="chunk" crosses buckets)')
+            raise ValueError(
+                f'within_bucket: got False with span="{self.span}", wanted True (only span="chunk" crosses buckets)'
+            )
         if self.wrap and (self.span != "chunk" or self.within_bucket or self.dedupe):
             raise ValueError(
                 f"wrap: got True with span={self.span!r}, within_bucket={self.within_bucket}, dedupe={self.dedupe}; "

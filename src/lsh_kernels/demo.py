@@ -36,7 +36,7 @@ from lsh_kernels.modules import LSHMultiheadAttention, replace_multihead_attenti
 EMBED_DIM = 128
 NUM_HEADS = 4
 CONFIG = LSHConfig(local_window=64)
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 6e-3
 N_HELDOUT = 8  # sequences of held-out text
 N_EVALUATIONS = 4  # during training, evenly spaced, the last one at the end
 

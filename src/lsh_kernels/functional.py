@@ -86,7 +86,11 @@ def lsh_attention(
     B, H, L, D = query.shape
     Hkv, S = value.shape[1:3]
     dropout_p, scale = _check_numbers(dropout_p, scale, 1.0 if shared else D**-0.5)
-    for condition, name in ((is_causal, "is_causal=True"), (config.local_window, "config.local_window"), (config.span == "chunk", 'config.span="chunk"')):
+    for condition, name in (
+        (is_causal, "is_causal=True"),
+        (config.local_window, "config.local_window"),
+        (config.span == "chunk", 'config.span="chunk"'),
+    ):
         if condition and L != S:
             raise ValueError(f"{name}: got query length {L} and key length {S}, wanted equal lengths")
     factors = config.factors(S)
@@ -97,7 +101,9 @@ def lsh_attention(
         )
     if buckets is not None and rotations is not None:
         raise ValueError("buckets and rotations: got both, wanted one (buckets replace hashing)")
-    q_buckets, k_buckets = _check_buckets(buckets, (B, H, config.n_hashes, L), None if shared else (B, Hkv, config.n_hashes, S), query.device)
+    q_buckets, k_buckets = _check_buckets(
+        buckets, (B, H, config.n_hashes, L), None if shared else (B, Hkv, config.n_hashes, S), query.device
+    )
     _check_generator(generator)
     _check_backend(backend, query, "lsh_attention")
     if rotations is not None:
@@ -171,7 +177,12 @@ def local_attention(
         raise ValueError(f"key: got length {S} for query length {L}, wanted equal lengths")
     if (window is None) == (chunk_length is None):
         raise ValueError(f"window and chunk_length: got {window} and {chunk_length}, wanted exactly one of them")
-    sizes = {"window": window, "chunk_length": chunk_length, "chunks_before": chunks_before, "chunks_after": chunks_after}
+    sizes = {
+        "window": window,
+        "chunk_length": chunk_length,
+        "chunks_before": chunks_before,
+        "chunks_after": chunks_after,
+    }
     for name, size in sizes.items():
         least = 0 if name.startswith("chunks") else 1
         if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
@@ -324,7 +335,9 @@ def _check_backend(backend: str, tensor: Tensor, stage: str) -> str:
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(map(repr, _BACKENDS))}")
     if backend == "triton":
         if stage not in _TRITON_STAGES:
-            raise NotImplementedError(f'backend: got "triton", but {stage} has no Triton kernels yet; wanted "auto" or "torch"')
+            raise NotImplementedError(
+                f'backend: got "triton", but {stage} has no Triton kernels yet; wanted "auto" or "torch"'
+            )
         problem = triton_problem(tensor)
         if problem:
             raise RuntimeError(f'backend: "triton" can\'t run: {problem}')
@@ -361,7 +374,9 @@ def _check_head_tensor(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted 4 dimensions [B, H, L, D]")
     _check_dtype(name, x)
     if x.shape[1] < 1 or not 1 <= x.shape[2] <= _MAX_LENGTH or not 1 <= x.shape[3] <= _MAX_HEAD_DIM:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted [B, H >= 1, 1 <= L <= 2^24, 1 <= D <= {_MAX_HEAD_DIM}]")
+        raise ValueError(
+            f"{name}: got shape {tuple(x.shape)}, wanted [B, H >= 1, 1 <= L <= 2^24, 1 <= D <= {_MAX_HEAD_DIM}]"
+        )
 
 
 def _check_dtype(name: str, x: Tensor) -> None:
@@ -409,7 +424,9 @@ def _check_buckets(buckets, q_shape: tuple[int, ...], k_shape: tuple[int, ...] |
         names, parts, shapes = ("buckets",), (buckets,), (q_shape,)
     else:
         if not isinstance(buckets, (tuple, list)) or len(buckets) != 2:
-            raise TypeError(f"buckets: got {type(buckets).__name__}, wanted a pair (of queries, of keys) for separate keys")
+            raise TypeError(
+                f"buckets: got {type(buckets).__name__}, wanted a pair (of queries, of keys) for separate keys"
+            )
         names, parts, shapes = ("buckets[0]", "buckets[1]"), tuple(buckets), (q_shape, k_shape)
     for name, part, shape in zip(names, parts, shapes):
         if not isinstance(part, Tensor):
@@ -429,7 +446,9 @@ def _check_rotations(rotations: Tensor, x: Tensor, n_heads: int, n_hashes, facto
         raise TypeError(f"rotations: got {rotations.dtype}, wanted a floating-point tensor")
     shape = (n_heads, x.shape[-1], n_hashes, sum(factors) // 2)
     if tuple(rotations.shape) not in (shape, (1, *shape[1:])):
-        raise ValueError(f"rotations: got shape {tuple(rotations.shape)}, wanted [{n_heads} or 1, {', '.join(map(str, shape[1:]))}]")
+        raise ValueError(
+            f"rotations: got shape {tuple(rotations.shape)}, wanted [{n_heads} or 1, {', '.join(map(str, shape[1:]))}]"
+        )
     if rotations.device != x.device:
         raise ValueError(f"rotations: got a tensor on {rotations.device}, wanted {x.device}")
 

@@ -105,7 +105,20 @@ def _(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets
 
 @_implement("attention_backward")
 def _attention_backward(
-    dout, dlse, query, key, value, key_padding_mask, seed, out, lse, q_order, q_stretched, k_order, k_stretched, *options
+    dout,
+    dlse,
+    query,
+    key,
+    value,
+    key_padding_mask,
+    seed,
+    out,
+    lse,
+    q_order,
+    q_stretched,
+    k_order,
+    k_stretched,
+    *options,
 ):
     options = AttentionOptions(*options)
     k_rounds = (None, None) if k_order.numel() == 0 else (k_order, k_stretched)
@@ -141,7 +154,9 @@ def _differentiate(ctx, dout, dlse, *_):
     return dquery, None if key is None else dkey, dvalue, *(None,) * (n_inputs - 3)
 
 
-torch.library.register_autograd("lsh_kernels::attention_forward", _differentiate, setup_context=_save_for_backward, lib=_library)
+torch.library.register_autograd(
+    "lsh_kernels::attention_forward", _differentiate, setup_context=_save_for_backward, lib=_library
+)
 
 
 @_implement("lsh_hash")

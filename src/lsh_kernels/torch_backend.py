@@ -26,6 +26,8 @@ from .config import AttentionOptions
 
 # an excluded pair's logit is lowered by at least this much; far below any logit, far above -inf of float32
 _EXCLUDE = 1e30
+# logits are in base 2: exp2 takes half the time of exp on a CPU, and a twentieth where it underflows
+_LOG2E = math.log2(math.e)
 _TILE = 64
 # (query, key) pairs of a block: logits and probabilities of one block stay in a core's L2 cache
 _BLOCK_PAIRS = 2**18
@@ -113,7 +115,9 @@ def _round_weights(lse: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------------------- dropout
-def dropout_keep(seed: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor, dropout_p: float) -> Tensor:
+def dropout_keep(
+    seed: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor, dropout_p: float
+) -> Tensor:
     """Keep-mask of pairs: word 0 of Philox4x32-7 with key `seed` and counter (key_pos, query_pos, head, batch) >= p * 2^32.
 
     The index tensors (int64) broadcast against each other; a pure function of positions, the same in every backend.
@@ -279,7 +283,17 @@ def _hashed_round(
             hi = torch.where(q_bucket == n_buckets, lo, hi)
     reach = _reach(o, n, L, shared and o.within_bucket) if shared or o.span == "chunk" else None
     lo = lo.clamp(0, S)
-    return _Round(q_order, q_slot, k_order, k_slot, lo, torch.maximum(hi.clamp(0, S), lo), reach, o.within_bucket, not o.within_bucket)
+    return _Round(
+        q_order,
+        q_slot,
+        k_order,
+        k_slot,
+        lo,
+        torch.maximum(hi.clamp(0, S), lo),
+        reach,
+        o.within_bucket,
+        not o.within_bucket,
+    )
 
 
 def _identity_round(n: int, L: int, shared: bool, options: AttentionOptions, device: torch.device) -> _Round:
@@ -293,7 +307,9 @@ def _identity_round(n: int, L: int, shared: bool, options: AttentionOptions, dev
     return _Round(slot, slot, slot, slot, lo, torch.maximum(hi.clamp(0, L), lo), reach, True, True)
 
 
-def _span_interval(o: AttentionOptions, slot: Tensor, end: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def _span_interval(
+    o: AttentionOptions, slot: Tensor, end: Tensor, first: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor]:
     """[lo, hi) of the query in slot `slot`, up to whose position the key order runs to `end`, in the bucket [first, last)."""
     if o.span == "window":
         return end - o.window - 1, end + o.window
@@ -389,7 +405,9 @@ def _cyclic_walk(rounds: list[_Round], o: AttentionOptions) -> _Walk:
     around = slots % length
     pos = torch.cat([r.q_order for r in rounds], 1)[:, around]
     k_pos = torch.cat([r.k_order for r in rounds], 1)[:, around]
-    reach = _reach(o._replace(chunks_before=before, chunks_after=after), n, length, False, L, halo, len(slots) if n > 1 else 0)
+    reach = _reach(
+        o._replace(chunks_before=before, chunks_after=after), n, length, False, L, halo, len(slots) if n > 1 else 0
+    )
     head, tail = slice(0, halo), slice(halo + length, len(slots))
     return _Walk(
         pos, k_pos, lo, hi, reach, False, True,
@@ -411,10 +429,23 @@ class _Entries:
         self.static = walk.reach is not None
         self.left, self.right = walk.reach or (0, 0)
         self.width = _TILE + self.left + self.right if self.static else _DYNAMIC_WINDOW
+        # without keys ahead, a tile is the first to reach the key slots of its own queries
+        self.writes_own_keys_first = self.static and self.right == 0
         # masks are worked out in the narrowest integers that hold doubled slots and positions
         largest = max(self.width, walk.q_pos.shape[1], walk.k_pos.shape[1])
         self.int_dtype = torch.int16 if 2 * largest < 2**15 else torch.int32
         self.lo, self.hi = self.q_side(walk.lo), self.q_side(walk.hi)
+        if self.static:
+            self.starts = torch.arange(self.n_tiles, device=self.device) * _TILE - self.left
+            self.relative = self.relative_interval(slice(None), self.starts)
+
+    def relative_interval(self, tiles: slice | Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """The intervals [lo, hi) of tiles within windows from `starts` on, as lo + hi - 1 and hi - lo - 1, each [G, M, 1]."""
+        lo, hi = (
+            (x[tiles] - starts[:, None]).clamp_(0, self.width).to(self.int_dtype).unsqueeze(-1)
+            for x in (self.lo, self.hi)
+        )
+        return lo + hi - 1, hi - lo - 1
 
     def q_side(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Per query slot [n, slots] -> per tile [n_tiles, _TILE]."""
@@ -430,8 +461,7 @@ class _Entries:
         if self.static:
             for first in range(0, self.n_tiles, size):
                 tiles = slice(first, min(first + size, self.n_tiles))
-                starts = torch.arange(tiles.start, tiles.stop, device=self.device) * _TILE - self.left
-                yield _Block(self, tiles, starts)
+                yield _Block(self, tiles, self.starts[tiles])
             return
         begin, end = self.lo[:, 0], self.hi.amax(1)
         n_windows = -((begin - end) // self.width)
@@ -481,17 +511,22 @@ class _Block:
         """Of the key rows of a fixed grid, those in the slots of the queries: [G, M, D]."""
         return x[self.entries.left :][: self.shape[0] * _TILE].view(self.shape[0], _TILE, -1)
 
-    def add_to_keys(self, axis: Tensor, x: Tensor) -> None:
-        """Add x [G, N, D] to the rows of the key axis (k_side layout), each row in a fixed order."""
+    def add_to_keys(self, axis: Tensor, weights: Tensor, rows: Tensor) -> None:
+        """axis += weights^T rows on the key axis (k_side layout), for weights [G,M,N], rows [G,M,D]; in a fixed order."""
         if not self.entries.static:
-            return add_rows(axis, self.keys.flatten(), x.flatten(0, 1))
+            return add_rows(axis, self.keys.flatten(), torch.bmm(weights.transpose(1, 2), rows).flatten(0, 1))
         G, M, N = self.shape
-        D = x.shape[-1]
-        # windows overlap, but their parts of M slots do not
-        for part in range(0, N, M):
-            width = min(M, N - part)
-            target = axis[self.keys][part:]
-            target.as_strided((G, width, D), (M * D, D, 1)).add_(x[:, part : part + width])
+        D = rows.shape[-1]
+        target = axis[self.keys]
+        # windows overlap, but their parts of M slots do not; the last part is new ground
+        for first in reversed(range(0 if N % M == 0 else N % M - M, N, M)):
+            first, last = max(first, 0), first + M
+            part = target[first:].as_strided((G, last - first, D), (M * D, D, 1))
+            transposed = weights[:, :, first:last].transpose(1, 2)
+            if last == N and self.entries.writes_own_keys_first:
+                torch.bmm(transposed, rows, out=part)
+            else:
+                part.baddbmm_(transposed, rows)
 
 
 def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
@@ -529,20 +564,20 @@ class _Exclusions:
 
     def of(self, block: _Block) -> Tensor:
         """[G, M, N], entries >= 1 where the pair is excluded."""
-        dtype, (_, _, N) = self.entries.int_dtype, block.shape
-        bad = block.buffer("bad", *block.shape, dtype=dtype)
-        lo, hi = (
-            (x[block.tiles] - block.starts[:, None]).clamp_(0, N).to(dtype).unsqueeze(-1) for x in (self.entries.lo, self.entries.hi)
-        )
-        torch.sub(self.columns, lo + hi - 1, out=bad).abs_().sub_(hi - lo - 1)
+        entries, tiles = self.entries, block.tiles
+        bad, test = (block.buffer(name, *block.shape, dtype=entries.int_dtype) for name in ("bad", "test"))
+        if entries.static:
+            center, width = (x[tiles] for x in entries.relative)
+        else:
+            center, width = entries.relative_interval(tiles, block.starts)
+        torch.sub(self.columns, center, out=bad).abs_().sub_(width)
         if self.self_on_diagonal:
-            bad.diagonal(self.entries.left, 1, 2).fill_(1)
-        test = block.buffer("test", *block.shape, dtype=dtype)
+            bad.diagonal(entries.left, 1, 2).fill_(1)
         for slots, center, width in self.earlier:
-            torch.sub(block.window(slots).unsqueeze(1), center[block.tiles].unsqueeze(-1), out=test).abs_()
-            torch.maximum(bad, torch.sub(width[block.tiles].unsqueeze(-1), test, out=test), out=bad)
+            torch.sub(block.window(slots).unsqueeze(1), center[tiles].unsqueeze(-1), out=test).abs_()
+            torch.maximum(bad, torch.sub(width[tiles].unsqueeze(-1), test, out=test), out=bad)
         if self.compare:
-            q_pos, k_pos = self.q_pos[block.tiles].unsqueeze(-1), block.window(self.k_pos).unsqueeze(1)
+            q_pos, k_pos = self.q_pos[tiles].unsqueeze(-1), block.window(self.k_pos).unsqueeze(1)
             if self.compare == "not self":
                 torch.sub(k_pos, q_pos, out=test).abs_().neg_().add_(1)
             else:
@@ -589,20 +624,6 @@ class _Heads:
         else:
             rounds.append(_identity_round(n, L, tensors.shared, o, device))
         self.walks = _walks(rounds, o)
-
-    def self_logits(self) -> Tensor:
-        """s_ii [n, L]."""
-        query = self.tensors.query[self.b, self.heads].to(self.tensors.dtype)
-        key = query * self.inverse_norm.unsqueeze(-1) if self.tensors.shared else self.tensors.key[self.b, self.kv_ids]
-        return torch.einsum("nld,nld->nl", query, key.to(query.dtype)) * self.tensors.options.scale
-
-    def self_keep(self) -> Tensor | float:
-        """Dropout factor of the pairs (i, i), [n, L]."""
-        o, pos = self.tensors.options, torch.arange(self.tensors.query.shape[2], device=self.q_ids.device)
-        if not o.dropout_p:
-            return 1.0
-        keep = dropout_keep(self.tensors.seed, torch.full_like(pos, self.b), self.q_ids[:, None], pos, pos, o.dropout_p)
-        return keep.to(self.tensors.dtype) * _dropout_scale(o.dropout_p)
 
 
 @dataclass(frozen=True)
@@ -661,7 +682,10 @@ class _Logits:
         if heads.padding is not None:
             self.padding = entries.k_side(heads.padding[walk.k_pos], value=1)
         if self.tensors.options.dropout_p:
-            self.q_pos, self.q_head = entries.q_side(walk.q_pos), entries.q_side(heads.q_ids[:, None].expand_as(walk.q_pos))
+            self.q_pos, self.q_head = (
+                entries.q_side(walk.q_pos),
+                entries.q_side(heads.q_ids[:, None].expand_as(walk.q_pos)),
+            )
             self.k_pos = entries.k_side(walk.k_pos)
 
     def query_index(self, name: str) -> Tensor:
@@ -683,16 +707,20 @@ class _Logits:
         else:
             q = block.query_rows("q", self.rows["query"], self.q_index, self.dtype)
             if self.tensors.shared and self.padding is not None:
-                q.masked_fill_(self.heads.padding[self.entries.q_side(self.entries.walk.q_pos)[block.tiles]].unsqueeze(-1), 0)
+                q.masked_fill_(
+                    self.heads.padding[self.entries.q_side(self.entries.walk.q_pos)[block.tiles]].unsqueeze(-1), 0
+                )
         k = x
         if self.tensors.shared:
-            k = torch.mul(x, self.inverse_norm[block.keys].unsqueeze(-1), out=block.buffer("k", *x.shape, dtype=self.dtype))
+            k = torch.mul(
+                x, self.inverse_norm[block.keys].unsqueeze(-1), out=block.buffer("k", *x.shape, dtype=self.dtype)
+            )
         return q, block.key_windows(k), block.key_windows(v)
 
     def of(self, block: _Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Masked logits [G,M,N], and a second buffer of their shape."""
-        logits, other = (block.buffer(name, *block.shape, dtype=self.dtype) for name in ("logits", "probs"))
-        torch.baddbmm(logits, q, k.transpose(1, 2), beta=0, alpha=self.tensors.options.scale, out=logits)
+        """Masked logits [G,M,N] times log2(e), and a second buffer of their shape."""
+        logits, other = (block.buffer(name, *block.shape, dtype=self.dtype) for name in ("logits", "other"))
+        torch.baddbmm(logits, q, k.transpose(1, 2), beta=0, alpha=self.tensors.options.scale * _LOG2E, out=logits)
         other.copy_(self.exclusions.of(block))
         return logits.add_(other, alpha=-_EXCLUDE), other
 
@@ -728,15 +756,15 @@ def attention_fwd(
         logits_of = [_Logits(heads, walk, buffers, rows) for walk in heads.walks]
         first_tile = np.cumsum([0] + [x.entries.n_tiles for x in logits_of]).tolist()
         part_out = buffers("part_out", (first_tile[-1], _TILE, Dv), dtype)
-        part_lse = buffers("part_lse", (first_tile[-1], _TILE), dtype)
+        part_top, part_sum = (buffers(name, (first_tile[-1], _TILE), dtype) for name in ("part_top", "part_sum"))
         for r, source in enumerate(logits_of):
             span = slice(first_tile[r], first_tile[r + 1])
-            _walk_fwd(source, part_out[span], part_lse[span])
+            _walk_fwd(source, part_out[span], part_top[span], part_sum[span])
 
         places = torch.stack(
             [place + first * _TILE for first, walk in zip(first_tile, heads.walks) for place in walk.q_places], -1
         )  # [n, L, R]
-        weights, total = _round_weights(part_lse.view(-1)[places], -1)
+        weights, total = _weights(part_top.view(-1)[places], part_sum.view(-1)[places])
         combined = F.embedding_bag(
             places.flatten(0, 1), part_out.view(-1, Dv), per_sample_weights=weights.flatten(0, 1), mode="sum"
         ).view(heads.n, L, Dv)
@@ -744,11 +772,9 @@ def attention_fwd(
             alone = total == -math.inf
             if heads.padding is not None:
                 alone &= ~heads.padding
-            own_value = value[heads.b, heads.kv_ids].to(dtype)
-            keep = heads.self_keep()
-            own_value = own_value * (keep.unsqueeze(-1) if isinstance(keep, Tensor) else keep)
-            combined = torch.where(alone.unsqueeze(-1), own_value, combined)
-            total = torch.where(alone, heads.self_logits() - (1e5 if tensors.shared else 0), total)
+            rows_alone = _Alone(heads, alone)
+            combined[rows_alone.index] = rows_alone.merge(rows_alone.value() * rows_alone.keep(), combined)
+            total[rows_alone.index] = rows_alone.merge(rows_alone.logit() - (1e5 if tensors.shared else 0), total)
             first_round = state.q_stretched[heads.b, heads.heads, 0]
             first_round.copy_(torch.where(alone, ~first_round, first_round))
         out[heads.b, heads.heads] = combined
@@ -756,30 +782,42 @@ def attention_fwd(
     return out, lse
 
 
-def _walk_fwd(source: _Logits, out: Tensor, lse: Tensor) -> None:
-    """Partial results of one walk in slot order: out [n_tiles, M, Dv], lse [n_tiles, M]."""
+def _walk_fwd(source: _Logits, out: Tensor, top: Tensor, mass: Tensor) -> None:
+    """One walk in slot order: sum_j 2^(s_ij - top_i) v_j [n_tiles, M, Dv], top [n_tiles, M] (-inf: no target), sum of weights."""
     static = source.entries.static
     if not static:
         out.zero_()
-        lse.fill_(-math.inf)
+        top.fill_(-math.inf)
+        mass.zero_()
     for block in source.entries.blocks():
+        tiles = block.tiles
         q, k, v = source.operands(block)
-        logits, probs = source.of(block, q, k)
-        torch.softmax(logits, -1, out=probs)
-        top = logits.amax(-1)
-        # the largest probability is 1 / sum(exp(s - top))
-        block_lse = (top - probs.amax(-1).log()).masked_fill_(top < -_EXCLUDE / 2, -math.inf)
+        logits, _ = source.of(block, q, k)
+        block_top = logits.amax(-1)
+        probs = logits.sub_(block_top.unsqueeze(-1)).exp2_()
+        block_mass = probs.sum(-1)
+        block_top.masked_fill_(block_top < -_EXCLUDE / 2, -math.inf)
         keep = source.keep(block)
         if keep is not None:
             probs.mul_(keep)
         if static:
-            torch.bmm(probs, v, out=out[block.tiles])
-            lse[block.tiles] = block_lse
+            torch.bmm(probs, v, out=out[tiles])
+            top[tiles], mass[tiles] = block_top, block_mass
         else:
-            weights, total = _round_weights(torch.stack((lse[block.tiles], block_lse)), 0)
-            old, new = weights.unsqueeze(-1)
-            out[block.tiles] = old * out[block.tiles] + new * torch.bmm(probs, v)
-            lse[block.tiles] = total
+            new_top = torch.maximum(top[tiles], block_top)
+            finite = new_top.masked_fill(new_top == -math.inf, 0)
+            old, new = (torch.exp2(x - finite) for x in (top[tiles], block_top))
+            out[tiles] = old.unsqueeze(-1) * out[tiles] + new.unsqueeze(-1) * torch.bmm(probs, v)
+            top[tiles], mass[tiles] = new_top, old * mass[tiles] + new * block_mass
+
+
+def _weights(top: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the rounds' unnormalised sums, and lse (natural log; -inf without target). top, mass [.., R]."""
+    highest = top.amax(-1, keepdim=True)
+    weights = torch.exp2(top - highest.masked_fill(highest == -math.inf, 0))
+    total = (weights * mass).sum(-1, keepdim=True)
+    lse = (highest + total.log2()) / _LOG2E
+    return weights / total.masked_fill(total == 0, 1), lse.squeeze(-1)
 
 
 def attention_bwd(
@@ -802,8 +840,9 @@ def attention_bwd(
     dquery = torch.empty(B, H, L, D, dtype=query.dtype, device=device)
     # heads of a group add up in their shared key head
     grouped = value.shape[1] != H
-    dkey = None if shared else torch.zeros(key.shape, dtype=dtype if grouped else key.dtype, device=device)
-    dvalue = torch.zeros(value.shape, dtype=dtype if grouped else value.dtype, device=device)
+    new = torch.zeros if grouped else torch.empty
+    dkey = None if shared else new(key.shape, dtype=dtype if grouped else key.dtype, device=device)
+    dvalue = new(value.shape, dtype=dtype if grouped else value.dtype, device=device)
     rows = {"query": query, "key": key, "value": value, "dout": dout}
     rows = {name: _Rows(x) for name, x in rows.items() if x is not None}
     buffers = _Buffers(device)
@@ -816,14 +855,14 @@ def attention_bwd(
             d_lse = dlse[b, own].to(dtype).masked_fill(lse[b, own] == -math.inf, 0)
             delta = delta - d_lse
         # without a target every pair is excluded, so any finite lse gives probabilities of 0
-        own_lse = lse[b, own].masked_fill(lse[b, own] == -math.inf, 0)
+        own_lse = lse[b, own].masked_fill(lse[b, own] == -math.inf, 0) * _LOG2E
 
         logits_of = [_Logits(heads, walk, buffers, rows) for walk in heads.walks]
         first_q = np.cumsum([0] + [x.entries.n_tiles * _TILE for x in logits_of]).tolist()
         first_k = np.cumsum([0] + [len(x.v_index) for x in logits_of]).tolist()
         dq_axis = buffers("dq_axis", (first_q[-1], D), dtype)
-        dk_axis = buffers("dk_axis", (first_k[-1], D), dtype).zero_()
-        dv_axis = buffers("dv_axis", (first_k[-1], Dv), dtype).zero_()
+        dk_axis = buffers("dk_axis", (first_k[-1], D), dtype)
+        dv_axis = buffers("dv_axis", (first_k[-1], Dv), dtype)
         for r, source in enumerate(logits_of):
             q_span, k_span = slice(first_q[r], first_q[r + 1]), slice(first_k[r], first_k[r + 1])
             _walk_bwd(source, own_lse, delta, dq_axis[q_span].view(-1, _TILE, D), dk_axis[k_span], dv_axis[k_span])
@@ -838,7 +877,7 @@ def attention_bwd(
         dk = _sum_rounds(dk_axis, k_places).mul_(options.scale)  # [n, S, D]
         dv = _sum_rounds(dv_axis, k_places)  # [n, S, Dv]
         if tensors.attends_self:
-            _add_self_only(heads, d_out, d_lse, dq, dk, dv)
+            _Alone(heads, state.q_stretched[b, own, 0] < 0).add_gradients(d_out, d_lse, dq, dk, dv)
         if shared:
             # k = q / |q|, so the gradient through k loses its part along k
             k = query[b, own].to(dtype) * heads.inverse_norm.unsqueeze(-1)
@@ -853,9 +892,7 @@ def attention_bwd(
                 add_rows(total[b], heads.kv_ids, part)
             elif total is not None:
                 total[b, own] = part
-    if grouped:
-        dkey, dvalue = dkey.to(key.dtype), dvalue.to(value.dtype)
-    return dquery, dkey, dvalue
+    return dquery, None if shared else dkey.to(key.dtype), dvalue.to(value.dtype)
 
 
 def _sum_rounds(axis: Tensor, places: list[Tensor]) -> Tensor:
@@ -871,27 +908,28 @@ def _walk_bwd(source: _Logits, lse: Tensor, delta: Tensor, dq_tiles: Tensor, dk_
     lse, delta = entries.q_side(lse.gather(1, walk.q_pos)), entries.q_side(delta.gather(1, walk.q_pos))
     if not entries.static:
         dq_tiles.zero_()
+    if not entries.writes_own_keys_first:
+        dk_axis.zero_()
+        dv_axis.zero_()
     for block in entries.blocks():
+        tiles = block.tiles
         q, k, v = source.operands(block)
         dout = block.query_rows("dout", source.rows["dout"], dout_index, source.dtype)
         logits, dprobs = source.of(block, q, k)
-        probs = logits.sub_(lse[block.tiles].unsqueeze(-1)).exp_()
+        probs = logits.sub_(lse[tiles].unsqueeze(-1)).exp2_()
         keep = source.keep(block)
         torch.bmm(dout, v.transpose(1, 2), out=dprobs)
         dropped = probs
         if keep is not None:
             dprobs.mul_(keep)
             dropped = probs * keep
-        (G, _, N), D, Dv = block.shape, q.shape[-1], v.shape[-1]
-        d_v = block.buffer("d_v", G, N, Dv, dtype=source.dtype)
-        block.add_to_keys(dv_axis, torch.bmm(dropped.transpose(1, 2), dout, out=d_v))
-        dlogits = dprobs.sub_(delta[block.tiles].unsqueeze(-1)).mul_(probs)
-        d_k = block.buffer("d_k", G, N, D, dtype=source.dtype)
-        block.add_to_keys(dk_axis, torch.bmm(dlogits.transpose(1, 2), q, out=d_k))
+        block.add_to_keys(dv_axis, dropped, dout)
+        dlogits = dprobs.sub_(delta[tiles].unsqueeze(-1)).mul_(probs)
+        block.add_to_keys(dk_axis, dlogits, q)
         if entries.static:
-            torch.bmm(dlogits, k, out=dq_tiles[block.tiles])
+            torch.bmm(dlogits, k, out=dq_tiles[tiles])
         else:
-            dq_tiles[block.tiles] += torch.bmm(dlogits, k)
+            dq_tiles[tiles] += torch.bmm(dlogits, k)
 
     n, n_slots = walk.k_pos.shape
     for axis in (dk_axis, dv_axis):
@@ -900,15 +938,54 @@ def _walk_bwd(source: _Logits, lse: Tensor, delta: Tensor, dq_tiles: Tensor, dk_
             per_head.index_add_(1, canonical, per_head[:, part].clone())
 
 
-def _add_self_only(heads: _Heads, dout: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Queries whose only target is themselves: out = v_i, and lse = s_ii up to a constant."""
-    tensors, b, own = heads.tensors, heads.b, heads.heads
-    alone = (tensors.state.q_stretched[b, own, 0] < 0).unsqueeze(-1)  # [n, L, 1]
-    keep = heads.self_keep()
-    dv += torch.where(alone, dout * (keep.unsqueeze(-1) if isinstance(keep, Tensor) else keep), 0)
-    if dlse is not None:
-        query = tensors.query[b, own].to(dq.dtype)
-        key = query * heads.inverse_norm.unsqueeze(-1) if tensors.shared else tensors.key[b, heads.kv_ids].to(dq.dtype)
-        dlogit = torch.where(alone, dlse.unsqueeze(-1) * tensors.options.scale, 0)
-        dq += torch.where(alone, dlogit * key, 0)
-        dk += torch.where(alone, dlogit * query, 0)
+class _Alone:
+    """Queries whose only target is themselves; their rows in a head block's [n, L, ..]."""
+
+    def __init__(self, heads: _Heads, alone: Tensor):
+        self.heads, self.tensors = heads, heads.tensors
+        if alone.device.type == "cpu":
+            self.index, self.mask = alone.nonzero(as_tuple=True), None
+        else:
+            # counting them would wait for the device: take all rows
+            n, L = (torch.arange(size, device=alone.device) for size in alone.shape)
+            self.index, self.mask = (n[:, None].expand_as(alone), L.expand_as(alone)), alone
+        head, self.pos = self.index
+        self.q_head, self.kv_head = heads.q_ids[head], heads.kv_ids[head]
+
+    def merge(self, new: Tensor, old: Tensor) -> Tensor:
+        """`new` in the rows of queries that are alone, elsewhere `old` [n, L, ..]."""
+        if self.mask is None:
+            return new
+        return torch.where(self.mask if new.dim() == 2 else self.mask.unsqueeze(-1), new, old[self.index])
+
+    def query(self) -> Tensor:
+        return self.tensors.query[self.heads.b, self.q_head, self.pos].to(self.tensors.dtype)
+
+    def key(self) -> Tensor:
+        if self.tensors.shared:
+            return self.query() * self.heads.inverse_norm[self.index].unsqueeze(-1)
+        return self.tensors.key[self.heads.b, self.kv_head, self.pos].to(self.tensors.dtype)
+
+    def value(self) -> Tensor:
+        return self.tensors.value[self.heads.b, self.kv_head, self.pos].to(self.tensors.dtype)
+
+    def logit(self) -> Tensor:
+        """s_ii."""
+        return (self.query() * self.key()).sum(-1) * self.tensors.options.scale
+
+    def keep(self) -> Tensor | float:
+        """Dropout factor of the pair (i, i)."""
+        p = self.tensors.options.dropout_p
+        if not p:
+            return 1.0
+        batch = torch.full_like(self.pos, self.heads.b)
+        keep = dropout_keep(self.tensors.seed, batch, self.q_head, self.pos, self.pos, p)
+        return keep.unsqueeze(-1).to(self.tensors.dtype) * _dropout_scale(p)
+
+    def add_gradients(self, dout: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """out = v_i, and lse = s_ii up to a constant; all [n, L, ..]. dq and dk before the gradient of the key's norm."""
+        dv[self.index] = self.merge(dv[self.index] + dout[self.index] * self.keep(), dv)
+        if dlse is not None:
+            dlogit = dlse[self.index].unsqueeze(-1) * self.tensors.options.scale
+            dq[self.index] = self.merge(dq[self.index] + dlogit * self.key(), dq)
+            dk[self.index] = self.merge(dk[self.index] + dlogit * self.query(), dk)

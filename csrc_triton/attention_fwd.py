@@ -1,0 +1,452 @@
+"""Attention over sorted rounds: an interval of key slots per query, online softmax, rounds joined by combine_rounds."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._tile import (
+    FAR,
+    dropout_args,
+    dropout_keep,
+    is_within,
+    mode_of,
+    online_softmax,
+    query_interval,
+    span_interval,
+    unmarked,
+    walk_range,
+)
+from .combine_rounds import SelfOnly, combine_rounds
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LOG2_E = math.log2(math.e)
+_LN_2 = tl.constexpr(math.log(2))
+
+
+class Tile(NamedTuple):
+    """Head dims and what they are padded to, queries and keys of a tile."""
+
+    D: int
+    DV: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    M: int
+    N: int
+
+
+@triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets", "keep_from"])
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr,                      # inputs   [B, H, L, D], [B, HKV, S, D], [B, HKV, S, DV]
+    inverse_norm_ptr, padding_ptr, seed_ptr,  #          [B, H, L] if shared, [B, S], [1]
+    q_order_ptr, q_stretched_ptr,             #          [B, H, R, L]
+    k_order_ptr, coords_ptr, limits_ptr,      #          [B, HKV, R, S] twice, and see query_interval
+    out_ptr, lse_ptr,                         # outputs  [B, H, ROUNDS, L, DV], [B, H, ROUNDS, L]
+    q_strides, k_strides, v_strides, H, HKV, L, S, n_buckets, logit_scale, keep_from, keep_scale,
+    MODE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One program owns TILE.M query slots of one round and walks the key slots that any of them sees, TILE.N at a time.
+    Rows are gathered by the orders and results scattered to positions. Rows of `out` without any key are not written.
+    logit_scale: log2(e) * scale."""
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_D: tl.constexpr = TILE.BLOCK_D
+    BLOCK_DV: tl.constexpr = TILE.BLOCK_DV
+    pid = tl.program_id(0)
+    n_tiles = tl.cdiv(L, BLOCK_M)
+    r = pid // n_tiles % MODE.ROUNDS
+    pid_bh = (pid // (n_tiles * MODE.ROUNDS)).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    pid_kv = b * HKV + h // (H // HKV)
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    col_mask, v_col_mask = offs_d < TILE.D, offs_dv < TILE.DV
+
+    slots = (pid % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = slots < L
+    # the local round comes last and is in no order: nothing is read there
+    n_hashed = tl.where(r < MODE.R, L, 0)
+    row = pid_bh * MODE.R + r
+    q_pos = slots
+    if MODE.HASHED:
+        q_pos = tl.load(q_order_ptr + row * L + slots, mask=slots < n_hashed, other=0)
+        if MODE.LOCAL_WINDOW:
+            q_pos = tl.where(slots < n_hashed, q_pos, slots)
+    lo, hi = query_interval(slots, q_pos, slots < n_hashed, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
+    first, last = walk_range(lo, hi)
+    if not MODE.SHARED and not MODE.WRAP:
+        # on a fixed grid of keys a row does not depend on which other queries are in its tile, and these may be padding
+        first = first // BLOCK_N * BLOCK_N
+
+    # within hashed buckets no interval holds a padded key
+    CHECK_PADDING: tl.constexpr = MODE.HAS_PADDING and (MODE.LOCAL_WINDOW > 0 or not MODE.WITHIN_BUCKET)
+    q_mask = row_mask
+    if CHECK_PADDING and MODE.SHARED:
+        q_mask &= tl.load(padding_ptr + b * S + q_pos, mask=row_mask, other=1) == 0
+    q_ptrs = q_ptr + b * q_strides[0] + h * q_strides[1] + q_pos.to(tl.int64)[:, None] * q_strides[2] + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=q_mask[:, None] & col_mask[None, :], other=0.0)  # [M, BLOCK_D]
+    seen_lo, seen_width = earlier_intervals(q_pos, row_mask, r, pid_bh, coords_ptr, limits_ptr, L, S, MODE)
+
+    if MODE.HASHED:
+        # with wrap slots count through all rounds
+        k_order_ptr += pid_kv * MODE.R * S + (0 if MODE.WRAP else r * S)
+    k_ptr += b * k_strides[0] + h // (H // HKV) * k_strides[1]
+    v_ptr += b * v_strides[0] + h // (H // HKV) * v_strides[1]
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        k_slots = start + tl.arange(0, BLOCK_N)
+        k_mask = k_slots < last
+        k_pos = k_slots
+        if MODE.WRAP:
+            # intervals reach at most one turn beyond both ends of the cycle
+            k_pos = tl.where(k_pos < 0, k_pos + MODE.R * L, k_pos)
+            k_pos = tl.where(k_pos >= MODE.R * L, k_pos - MODE.R * L, k_pos)
+            if MODE.LOCAL_WINDOW:
+                k_pos = tl.where(k_slots * 0 + r < MODE.R, k_pos, k_slots)
+        if MODE.HASHED:
+            k_hashed_mask = k_mask & (k_slots < tl.where(r < MODE.R, FAR, -FAR))
+            k_order = tl.load(k_order_ptr + k_pos, mask=k_hashed_mask, other=0)
+            k_pos = k_order
+            if MODE.LOCAL_WINDOW:
+                k_pos = tl.where(k_slots < tl.where(r < MODE.R, FAR, -FAR), k_order, k_slots)
+        if CHECK_PADDING:
+            k_mask &= tl.load(padding_ptr + b * S + k_pos, mask=k_mask, other=1) == 0
+            # a slot that no interval holds
+            k_slots = tl.where(k_mask, k_slots, -FAR)
+        k_rows = k_pos.to(tl.int64)
+        k_ptrs = k_ptr + k_rows[:, None] * k_strides[2] + offs_d[None, :]
+        k = tl.load(k_ptrs, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [N, BLOCK_D]
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MODE.SHARED:
+            # unit keys: the norm goes where the scale has to go anyway, once per key
+            inverse_norm = tl.load(inverse_norm_ptr + pid_bh * L + k_pos, mask=k_mask, other=0.0)
+            logits *= (inverse_norm * logit_scale)[None, :]
+        else:
+            logits *= logit_scale
+
+        valid_mask = is_within(k_slots[None, :], lo[:, None], (hi - lo)[:, None])
+        if MODE.CAUSAL and (MODE.WRAP or (MODE.HASHED and not MODE.WITHIN_BUCKET)):
+            ahead = k_pos[None, :] - q_pos[:, None]
+            valid_mask &= (ahead < 0) if MODE.SHARED else (ahead <= 0)
+        elif MODE.SHARED and not MODE.CAUSAL:
+            valid_mask &= k_pos[None, :] != q_pos[:, None]
+        if MODE.DEDUPE:
+            valid_mask &= is_first_round(k_pos, k_mask, r, pid_kv, seen_lo, seen_width, coords_ptr, S, MODE)
+        logits = tl.where(valid_mask, logits, float("-inf"))
+        probs, m_i, l_i, acc = online_softmax(logits, m_i, l_i, acc)
+        if MODE.DROPOUT:
+            keep_mask = dropout_keep(seed_ptr, k_pos[None, :], q_pos[:, None], h, b, keep_from)
+            probs = tl.where(keep_mask, probs, 0.0)
+        v_ptrs = v_ptr + k_rows[:, None] * v_strides[2] + offs_dv[None, :]
+        v = tl.load(v_ptrs, mask=k_mask[:, None] & v_col_mask[None, :], other=0.0)  # [N, BLOCK_DV]
+        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
+
+    alive_mask = row_mask & (l_i != 0.0)
+    l_finite = tl.where(alive_mask, l_i, 1.0)
+    out = acc * ((keep_scale if MODE.DROPOUT else 1.0) / l_finite)[:, None]
+    offs_out = (pid_bh * MODE.ROUNDS + r) * L + q_pos
+    tl.store(lse_ptr + offs_out, (m_i + tl.log2(l_finite)) * _LN_2, mask=row_mask)
+    out_ptrs = out_ptr + offs_out[:, None] * TILE.DV + offs_dv[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=alive_mask[:, None] & v_col_mask[None, :])
+
+
+@triton.jit
+def dedupe_reach(S, MODE: tl.constexpr):
+    """(before, width): in a round of shared QK i sees j if coord_i - before <= coord_j < coord_i - before + width."""
+    if MODE.SPAN == "window":
+        before = tl.minimum(MODE.WINDOW, S)
+        width = before + 1 if MODE.CAUSAL else 2 * before + 1
+    else:
+        before = tl.minimum(MODE.BEFORE, tl.cdiv(S, MODE.CHUNK))
+        width = before + tl.minimum(MODE.AFTER, tl.cdiv(S, MODE.CHUNK)) + 1
+    return before, width
+
+
+@triton.jit
+def earlier_intervals(q_pos, row_mask, r, pid_bh, coords_ptr, limits_ptr, L, S, MODE: tl.constexpr):
+    """What queries see in the rounds before r, in coordinates of keys: starts, and widths if these differ (tuples).
+    Rounds that are not before r get an interval that holds nothing."""
+    los, widths = (), ()
+    if MODE.DEDUPE:
+        for e in tl.static_range(MODE.ROUNDS - 1):
+            mask = row_mask & (q_pos < tl.where(r > e, FAR, -FAR))
+            offs = (pid_bh * MODE.R + e) * L + q_pos
+            if MODE.SHARED:
+                before, _ = dedupe_reach(S, MODE)
+                # no coordinate reaches 2^30
+                los += (unmarked(tl.load(coords_ptr + offs, mask=mask, other=1073741824)) - before,)
+            else:
+                los += (tl.load(limits_ptr + offs * 2, mask=mask, other=0),)
+                widths += (tl.load(limits_ptr + offs * 2 + 1, mask=mask, other=0),)
+    return los, widths
+
+
+@triton.jit
+def is_first_round(k_pos, k_mask, r, pid_kv, los, widths, coords_ptr, S, MODE: tl.constexpr):
+    """Mask of the pairs that no round before r has."""
+    if MODE.SHARED:
+        _, width = dedupe_reach(S, MODE)
+        near = tl.full([los[0].shape[0], k_pos.shape[0]], 4294967295, tl.uint32)
+    else:
+        near = tl.full([los[0].shape[0], k_pos.shape[0]], 0, tl.int1)
+    for e in tl.static_range(MODE.ROUNDS - 1):
+        mask = k_mask & (k_pos < tl.where(r > e, FAR, -FAR))
+        coord = unmarked(tl.load(coords_ptr + (pid_kv * MODE.R + e) * S + k_pos, mask=mask, other=0))
+        if MODE.SHARED:
+            near = tl.minimum(near, (coord[None, :] - los[e][:, None]).to(tl.uint32))
+        else:
+            near |= is_within(coord[None, :], los[e][:, None], widths[e][:, None])
+    return near >= width.to(tl.uint32) if MODE.SHARED else ~near
+
+
+@triton.jit(do_not_specialize=["L", "n_buckets", "gap"])
+def _bucket_bounds_kernel(
+    order_ptr, stretched_ptr,  # inputs   [B, H, R, L]
+    bounds_ptr, coords_ptr,    # outputs  [B, H, R, n_buckets + 1, 2], [B, H, R, L]
+    L, n_buckets, gap, MODE: tl.constexpr, HAS_COORDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK slots of one round: writes first slot and one past the last of each bucket that begins or
+    ends there (buckets without any key are not written), and to each position the coordinate that dedupe goes by."""
+    pid = tl.program_id(0)
+    n_tiles = tl.cdiv(L, BLOCK)
+    row = (pid // n_tiles).to(tl.int64)
+    slots = (pid % n_tiles) * BLOCK + tl.arange(0, BLOCK)
+    slot_mask = slots < L
+    pos = tl.load(order_ptr + row * L + slots, mask=slot_mask, other=0)
+    coords = slots // MODE.CHUNK if MODE.SPAN == "chunk" else tl.zeros_like(slots)
+    if MODE.WITHIN_BUCKET:
+        stretch = tl.minimum(MODE.WINDOW, L) + 1
+        bucket = (unmarked(tl.load(stretched_ptr + row * L + pos, mask=slot_mask, other=0)) - slots) // stretch
+        prev_mask = slot_mask & (slots > 0)
+        prev_pos = tl.load(order_ptr + row * L + slots - 1, mask=prev_mask, other=0)
+        prev = unmarked(tl.load(stretched_ptr + row * L + prev_pos, mask=prev_mask, other=0))
+        prev_bucket = tl.where(prev_mask, (prev - slots + 1) // stretch, -1)
+        bounds_ptr += row * (n_buckets + 1) * 2
+        border_mask = slot_mask & (bucket != prev_bucket)
+        tl.store(bounds_ptr + bucket * 2, slots, mask=border_mask)
+        tl.store(bounds_ptr + prev_bucket * 2 + 1, slots, mask=border_mask & prev_mask)
+        tl.store(bounds_ptr + bucket * 2 + 1, slots + 1, mask=slots == L - 1)
+        coords += bucket * gap
+    if HAS_COORDS:
+        tl.store(coords_ptr + row * L + pos, coords, mask=slot_mask)
+
+
+@triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets"])
+def _stretched_intervals_kernel(
+    q_order_ptr, q_stretched_ptr,              # inputs   [B, H, R, L]
+    k_order_ptr, k_stretched_ptr, bounds_ptr,  #          [B, HKV, R, S] twice, [B, HKV, R, n_buckets + 1, 2]
+    limits_ptr,                                # output   [B, H, R, L, 2]
+    H, HKV, L, S, n_buckets, MODE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK query slots of one round and writes to their positions start and width of the interval of
+    separate keys that they see, in stretched slots of keys."""
+    pid = tl.program_id(0)
+    n_tiles = tl.cdiv(L, BLOCK)
+    row = (pid // n_tiles).to(tl.int64)  # (b, h, r)
+    r, h, b = row % MODE.R, row // MODE.R % H, row // MODE.R // H
+    k_row = (b * HKV + h // (H // HKV)) * MODE.R + r
+    k_order_ptr += k_row * S
+    k_stretched_ptr += k_row * S
+    slots = (pid % n_tiles) * BLOCK + tl.arange(0, BLOCK)
+    slot_mask = slots < L
+    pos = tl.load(q_order_ptr + row * L + slots, mask=slot_mask, other=0)
+    if MODE.WITHIN_BUCKET:
+        stretch = tl.minimum(MODE.WINDOW, S) + 1
+        shift = unmarked(tl.load(q_stretched_ptr + row * L + pos, mask=slot_mask, other=0)) - slots
+        bounds_ptrs = bounds_ptr + (k_row * (n_buckets + 1) + tl.where(slot_mask, shift // stretch, 0)) * 2
+        first = tl.load(bounds_ptrs, mask=slot_mask, other=0)
+        last = tl.load(bounds_ptrs + 1, mask=slot_mask, other=0)
+        # key j of the bucket counts as not after i if j * L <= i * S; positions ascend in it
+        limit = (pos.to(tl.int64) * S // L).to(tl.int32)
+        end, above = first, last
+        while tl.max(above - end, 0) > 0:
+            middle = (end + above) // 2
+            open_mask = end < above
+            before = tl.load(k_order_ptr + middle, mask=open_mask, other=0) <= limit
+            above = tl.where(open_mask & (~before), middle, above)
+            end = tl.where(open_mask & before, middle + 1, end)
+        lo, hi = span_interval(slots, end, first, last, r, L, S, MODE)
+        lo, hi = tl.maximum(lo, first), tl.minimum(hi, last)
+        if MODE.CAUSAL:
+            hi = tl.minimum(hi, end)
+        width = tl.maximum(hi - lo, 0)
+        lo += shift
+    else:
+        lo, hi = span_interval(slots, slots + 1, 0, S, r, L, S, MODE)
+        lo, hi = tl.maximum(lo, 0), tl.minimum(hi, S)
+        # across buckets the stretched slots of both ends are needed
+        ends_mask = slot_mask & (lo < hi)
+        lo = tl.load(k_order_ptr + lo, mask=ends_mask, other=0)
+        hi = tl.load(k_order_ptr + hi - 1, mask=ends_mask, other=0)
+        lo = tl.load(k_stretched_ptr + lo, mask=ends_mask, other=0)
+        width = tl.load(k_stretched_ptr + hi, mask=ends_mask, other=-1) + 1 - lo
+    limits_ptrs = limits_ptr + (row * L + pos) * 2
+    tl.store(limits_ptrs, lo, mask=slot_mask)
+    tl.store(limits_ptrs + 1, width, mask=slot_mask)
+
+
+@triton.jit(do_not_specialize=["H", "L", "eps"])
+def _inverse_norm_kernel(
+    x_ptr, padding_ptr,  # inputs  [B, H, L, D], [B, L]
+    out_ptr,             # output  [B, H, L]
+    x_strides, H, L, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_M rows of one head and writes 1 / sqrt(sum(x^2) + eps), 0 for zero and for padded rows."""
+    pid = tl.program_id(0)
+    n_tiles = tl.cdiv(L, BLOCK_M)
+    pid_bh = (pid // n_tiles).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    offs_m = ((pid % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    row_mask = offs_m < L
+    used_mask = row_mask
+    if padding_ptr is not None:
+        used_mask &= tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=1) == 0
+    x_ptrs = x_ptr + b * x_strides[0] + h * x_strides[1] + offs_m[:, None] * x_strides[2] + offs_d[None, :]
+    x = tl.load(x_ptrs, mask=used_mask[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
+    square = tl.sum(x * x, 1)
+    inverse = tl.where(square == 0.0, 0.0, 1.0 / tl.sqrt_rn(tl.where(square == 0.0, 1.0, square + eps)))
+    tl.store(out_ptr + pid_bh * L + offs_m, inverse, mask=row_mask)
+
+
+def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inverse_norm=None):
+    """Interval attention over all rounds, combined.
+
+    Args:
+        query [B, H, L, D], key [B, Hkv, S, D] (None: shared QK), value [B, Hkv, S, Dv]: fp16, bf16 or fp32; any strides
+            with a contiguous last dimension.
+        key_padding_mask: [B, S] bool, True = ignore, or None. seed: int64 [1], for options.dropout_p > 0.
+        state: the sorted orders, `q_order`, `q_stretched` [B, H, R, L] and for separate keys `k_order`, `k_stretched`
+            [B, Hkv, R, S], int32 contiguous. Queries without any target but themselves are marked (~t) in the first
+            round of `q_stretched`.
+        options: an `AttentionOptions`.
+        inverse_norm: [B, H, L] float32, 1 / norm of shared keys, 0 for zero and for padded rows; computed here if None.
+
+    Returns:
+        out [B, H, L, Dv] in query's dtype, lse [B, H, L] float32, natural log, before dropout.
+    """
+    _check(query, key, value, key_padding_mask, seed, state, options, inverse_norm)
+    o, shared = options, key is None
+    B, H, L, D = query.shape
+    Hkv, S, Dv = value.shape[1:]
+    mode = mode_of(o, shared, state.q_order.shape[2], key_padding_mask is not None)
+    n_buckets = math.prod(o.factors)
+    padding = None if key_padding_mask is None else key_padding_mask.contiguous()
+    with torch.cuda.device_of(query):
+        if shared and inverse_norm is None:
+            inverse_norm = inverse_norms(query, padding, o.norm_eps)
+        coords, limits = interval_tables(state, mode, n_buckets, L, S)
+        out = torch.empty((B, H, mode.ROUNDS, L, Dv), dtype=query.dtype, device=query.device)
+        lse = torch.empty((B, H, mode.ROUNDS, L), dtype=torch.float32, device=query.device)
+        tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype)
+        keys = query if shared else key
+        keep_from, keep_scale = dropout_args(o.dropout_p)
+        _attention_fwd_kernel[(B * H * mode.ROUNDS * triton.cdiv(L, tile.M),)](
+            query, keys, value, inverse_norm, padding, seed,
+            state.q_order, state.q_stretched, state.q_order if shared else state.k_order, coords, limits,
+            out, lse, query.stride(), keys.stride(), value.stride(), H, Hkv, L, S, n_buckets,
+            o.scale * _LOG2_E, keep_from, keep_scale, MODE=mode, TILE=tile, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    if not (o.hashed and L == S):
+        return combine_rounds(out, lse)
+    inputs = query, key, value, padding, seed, inverse_norm
+    return combine_rounds(out, lse, SelfOnly(*inputs, state.q_stretched, o.scale, o.dropout_p))
+
+
+def interval_tables(state, mode, n_buckets, L, S):
+    """(coords, limits) that dedupe and `query_interval` read: bounds of buckets or intervals, see the two kernels."""
+    if not mode.HASHED:
+        return None, None
+    q_order, device = state.q_order, state.q_order.device
+    B, H, R, _ = q_order.shape
+    if mode.SHARED:
+        order, stretched, coords, bounds = q_order, state.q_stretched, state.q_stretched, None
+        has_coords = mode.DEDUPE and mode.SPAN != "window"
+        if has_coords:
+            coords = torch.empty(stretched.shape, dtype=torch.int32, device=device)
+        if mode.WITHIN_BUCKET:
+            bounds = torch.empty((B, H, R, n_buckets + 1, 2), dtype=torch.int32, device=device)
+    else:
+        order, stretched, coords, has_coords = state.k_order, state.k_stretched, state.k_stretched, False
+        bounds = None
+        if mode.WITHIN_BUCKET:
+            # queries may ask for a bucket without keys
+            bounds = torch.empty((*order.shape[:3], n_buckets + 1, 2), dtype=torch.int32, device=device).zero_()
+    block = 1024
+    if mode.WITHIN_BUCKET or has_coords:
+        # so far apart that the reach of a query leads from no bucket to another
+        gap = min(max(mode.BEFORE, mode.AFTER), triton.cdiv(S, mode.CHUNK)) + 1
+        if has_coords and (n_buckets + 2) * gap + S >= 2**30:
+            raise ValueError(f"options: got reach {gap} with {n_buckets} buckets, wanted (N + 2) * reach + S < 2^30")
+        n_rows = order.shape[0] * order.shape[1] * R
+        _bucket_bounds_kernel[(n_rows * triton.cdiv(S, block),)](
+            order, stretched, bounds, coords, S, n_buckets, gap, MODE=mode, HAS_COORDS=has_coords, BLOCK=block
+        )
+    if mode.SHARED or not (mode.WITHIN_BUCKET or mode.DEDUPE):
+        return coords, bounds
+    limits = torch.empty((B, H, R, L, 2), dtype=torch.int32, device=device)
+    block = 256
+    _stretched_intervals_kernel[(B * H * R * triton.cdiv(L, block),)](
+        q_order, state.q_stretched, order, stretched, bounds, limits, H, order.shape[1], L, S, n_buckets,
+        MODE=mode, BLOCK=block,
+    )  # fmt: skip
+    return coords, limits
+
+
+def inverse_norms(x, key_padding_mask, norm_eps=0.0):
+    """1 / sqrt(sum(x^2) + D * norm_eps) of the rows of x [B, H, L, D], 0 for zero and padded rows: fp32 [B, H, L]."""
+    B, H, L, D = x.shape
+    out = torch.empty((B, H, L), dtype=torch.float32, device=x.device)
+    block_d = max(16, triton.next_power_of_2(D))
+    block_m = 4096 // block_d
+    _inverse_norm_kernel[(B * H * triton.cdiv(L, block_m),)](
+        x, key_padding_mask, out, x.stride(), H, L, float(D * norm_eps), D=D, BLOCK_D=block_d, BLOCK_M=block_m
+    )
+    return out
+
+
+def _launch_config(D, Dv, dtype):
+    """(tile, num_warps, num_stages). Cost follows the tiles walked, not the window: small key tiles win."""
+    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (D, Dv))
+    widest = max(block_d, block_dv)
+    # IEEE fp32 products go through the FMA units and hold their operands in registers
+    block_m = 32 if dtype == torch.float32 or widest > 128 else 64
+    return Tile(D, Dv, block_d, block_dv, block_m, 32 if widest <= 128 else 16), 4, 2
+
+
+def _check(query, key, value, key_padding_mask, seed, state, options, inverse_norm):
+    keys = query if key is None else key
+    B, H, L, D = query.shape
+    if value.dim() != 4 or keys.shape[:3] != value.shape[:3] or keys.shape[0] != B or keys.shape[3] != D:
+        got = [list(x.shape) for x in (query, keys, value)]
+        raise ValueError(f"query, key, value: got {got}, wanted [B, H, L, D], [B, Hkv, S, D], [B, Hkv, S, Dv]")
+    Hkv, S, Dv = value.shape[1:]
+    if H % Hkv or not (1 <= D <= 256 and 1 <= Dv <= 256) or L < 1 or S < 1:
+        raise ValueError(f"query, value: got {list(query.shape)}, {list(value.shape)}, wanted H % Hkv = 0, D <= 256")
+    if L != S and (not options.hashed or options.is_causal or options.local_window or options.span == "chunk"):
+        raise ValueError(f"key: got length {S} for query length {L}, wanted equal ones (local, causal or in chunks)")
+    if query.dtype not in _DTYPES or keys.dtype != query.dtype or value.dtype != query.dtype:
+        raise TypeError(f"query, key, value: got {query.dtype}, {keys.dtype}, {value.dtype}, wanted one of {_DTYPES}")
+    for name, x in (("query", query), ("key", keys), ("value", value)):
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise ValueError(f"{name}: got strides {x.stride()}, wanted a contiguous last dimension")
+    if key_padding_mask is not None and (key_padding_mask.shape != (B, S) or key_padding_mask.dtype != torch.bool):
+        raise ValueError(f"key_padding_mask: got {list(key_padding_mask.shape)}, wanted bool [{B}, {S}]")
+    if options.dropout_p > 0 and (seed is None or seed.dtype != torch.int64):
+        raise ValueError("seed: wanted an int64 tensor where dropout_p > 0")
+    if inverse_norm is not None and (inverse_norm.shape != (B, H, L) or not inverse_norm.is_contiguous()):
+        raise ValueError(f"inverse_norm: got {list(inverse_norm.shape)}, wanted a contiguous [{B}, {H}, {L}]")
+    if not options.hashed:
+        return
+    R = state.q_order.shape[2]
+    if options.wrap and R * L >= 2**28:
+        raise ValueError(f"query: got {R} rounds of {L} slots, wanted less than 2^28 slots in a cycle (wrap)")
+    rounds = [(state.q_order, (B, H, R, L)), (state.q_stretched, (B, H, R, L))]
+    if key is not None:
+        rounds += [(state.k_order, (B, Hkv, R, S)), (state.k_stretched, (B, Hkv, R, S))]
+    for x, shape in rounds:
+        if x.shape != shape or x.dtype != torch.int32 or not x.is_contiguous():
+            raise ValueError(f"state: got {list(x.shape)} {x.dtype}, wanted contiguous int32 {list(shape)}")

@@ -1,0 +1,200 @@
+"""Angular LSH: `argmax([xR ; -xR])` per round and factor, and what else one pass over x can give."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .bucket_sort import MAX_BUCKETS, MAX_LENGTH, TileCounts, bins_block, check_padding, digit_bins, tile_counts
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def project(x, rotations):
+    """x [BLOCK_M, BLOCK_D] times float32 rotations [BLOCK_D, BLOCK_W], as float32. A half-precision x meets the
+    rotations as a sum of two halves, which keeps 16 bits of them (bf16) or 22 (fp16) on the tensor cores."""
+    if x.dtype == tl.float32:
+        y = tl.dot(x, rotations, input_precision="ieee")
+    else:
+        high = rotations.to(x.dtype)
+        low = (rotations - high.to(tl.float32)).to(x.dtype)
+        y = tl.dot(x, high, tl.dot(x, low))
+    return y
+
+
+@triton.jit
+def argmax_of_signed(y, columns, HALF: tl.constexpr):
+    """(max |y|, lowest index that has it in [y ; -y]) of each row; y [BLOCK_M, BLOCK_W], HALF columns in all. A row of
+    NaN equals nothing and keeps the last index."""
+    top = tl.max(tl.abs(y), 1)  # [BLOCK_M]
+    index = tl.where(y == -top[:, None], columns[None, :] + HALF, 2 * HALF - 1)
+    index = tl.where(y == top[:, None], columns[None, :], index)
+    return top, tl.min(index, 1)
+
+
+@triton.jit
+def hash_factor(x, rotations_ptrs, col_mask, HALF: tl.constexpr, MAX_BLOCK_W: tl.constexpr):
+    """argmax([xR ; -xR]) of the rows x [BLOCK_M, BLOCK_D], where rotations_ptrs [BLOCK_D, 1] start R's HALF columns."""
+    # a dot needs 16 columns; those that are not there project to 0, which is the maximum only where column 0 has it too
+    BLOCK_W: tl.constexpr = min(MAX_BLOCK_W, max(16, triton.next_power_of_2(HALF)))
+    offs_w = tl.arange(0, BLOCK_W)
+    top = tl.full([x.shape[0]], -1.0, tl.float32)
+    index = tl.full([x.shape[0]], 2 * HALF - 1, tl.int32)
+    for start in range(0, HALF, BLOCK_W):
+        columns = start + offs_w
+        rotations_mask = col_mask[:, None] & (columns < HALF)[None, :]
+        rotations = tl.load(rotations_ptrs + columns[None, :], mask=rotations_mask, other=0.0)  # [BLOCK_D, BLOCK_W]
+        new_top, new_index = argmax_of_signed(project(x, rotations), columns, HALF)
+        new_index = tl.where(new_top == top, tl.minimum(index, new_index), new_index)
+        index = tl.where(new_top >= top, new_index, index)
+        top = tl.maximum(top, new_top)
+    return index
+
+
+@triton.jit(do_not_specialize=["L"])
+def _hashing_fwd_kernel(
+    x_ptr, rotations_ptr, padding_ptr,            # inputs   [B, H, L, D], [Hr, D, R, W] and [B, L] contiguous
+    buckets_ptr, inverse_norm_ptr, counts_ptr,    # outputs  [B, H, R, L], [B, H, L], [B, H, R, n_tiles, N_BINS]
+    x_strides, H, L, group, norm_eps,
+    HAS_PADDING: tl.constexpr, HAS_NORM: tl.constexpr, HAS_COUNTS: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    W: tl.constexpr, FACTORS: tl.constexpr, LOW_BITS: tl.constexpr, N_BINS: tl.constexpr, BLOCK_BINS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, MAX_BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_M rows of one head and reads them once. For every round it writes their bucket ids and how
+    many of them have each low digit, and once 1 / norm. Rotations are read column block by column block; projections
+    stay in registers. `group` heads share a rotation."""
+    pid = tl.program_id(0)
+    n_tiles = tl.cdiv(L, BLOCK_M)
+    pid_bh = (pid // n_tiles).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    tile = pid % n_tiles
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = offs_m.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    row_mask = offs_m < L
+    col_mask = offs_d < D
+    alive_mask = row_mask
+    if HAS_PADDING:
+        padded_mask = tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=0) != 0
+        alive_mask = row_mask & ~padded_mask
+
+    x_ptrs = x_ptr + b * x_strides[0] + h * x_strides[1] + offs_m[:, None] * x_strides[2] + offs_d[None, :]
+    x = tl.load(x_ptrs, mask=alive_mask[:, None] & col_mask[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+    if HAS_NORM:
+        wide = x.to(tl.float32)
+        square = tl.sum(wide * wide, 1)
+        # zero vectors, padded rows among them, have no direction
+        zero_mask = square == 0.0
+        inverse_norm = tl.where(zero_mask, 0.0, 1.0 / tl.sqrt(tl.where(zero_mask, 1.0, square + D * norm_eps)))
+        tl.store(inverse_norm_ptr + pid_bh * L + offs_m, inverse_norm, mask=row_mask)
+
+    rotations_ptrs = rotations_ptr + (h // group) * D * R * W + offs_d[:, None] * (R * W)
+    buckets_ptrs = buckets_ptr + pid_bh * R * L + offs_m
+    offs_bin = tl.arange(0, BLOCK_BINS)
+    counts_ptrs = counts_ptr + (pid_bh * R * n_tiles + tile) * N_BINS + offs_bin
+    for _ in range(R):
+        buckets = tl.zeros([BLOCK_M], tl.int32)
+        n_before = 1
+        column = 0
+        for i in tl.static_range(len(FACTORS)):
+            index = hash_factor(x, rotations_ptrs + column, col_mask, FACTORS[i] // 2, MAX_BLOCK_W)
+            buckets += n_before * index
+            n_before *= FACTORS[i]
+            column += FACTORS[i] // 2
+        if HAS_PADDING:
+            buckets = tl.where(padded_mask, n_before, buckets)
+        tl.store(buckets_ptrs, buckets, mask=row_mask)
+        if HAS_COUNTS:
+            counts = tile_counts(buckets & ((1 << LOW_BITS) - 1), row_mask, BLOCK_BINS)
+            tl.store(counts_ptrs, counts, mask=offs_bin < N_BINS)
+        rotations_ptrs += W
+        # steps, since r * stride could leave 32 bits
+        buckets_ptrs += L
+        counts_ptrs += n_tiles * N_BINS
+
+
+def lsh_hash(x, rotations, factors):
+    """Bucket ids by angular LSH: per round and factor `argmax([xR ; -xR])`, ties to the lowest index.
+
+    Projections are summed in fp32. fp16 and bf16 rows meet 22 and 16 bits of the float32 rotations, so that a row whose
+    two largest projections differ by less than about 2^-21 or 2^-15 of them can land in the other one's bucket.
+
+    Args:
+        x: [B, H, L, D], fp16, bf16 or fp32; 1 <= D <= 256; last dimension contiguous.
+        rotations: [Hr, D, R, W] floating point, H % Hr == 0: query head h uses rotation h // (H // Hr). The columns of
+            factor i start at sum_{j<i} N_j / 2.
+        factors: even ints N_i; ids combine as h_0 + N_0 * h_1 + N_0 * N_1 * h_2.
+
+    Returns:
+        buckets [B, H, R, L] int32, in [0, N) also for a row of NaN.
+    """
+    return hash_rows(x, rotations, factors, None, None, with_counts=False)[0]
+
+
+def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=True):
+    """`lsh_hash`, and in the same pass over x what sorting and attention need.
+
+    Args:
+        x, rotations, factors: as in `lsh_hash`.
+        key_padding_mask: [B, L] bool, True = ignore, or None. Padded rows are not read and get bucket N.
+        norm_eps: None, or what is added to the mean square of a row before it normalises the row.
+        with_counts: count the first digit per tile, for `sort_rounds`.
+
+    Returns:
+        buckets [B, H, R, L] int32; inverse_norm [B, H, L] float32, 1 / sqrt(sum(x^2) + D * norm_eps), 0 for zero
+        vectors and padded rows, None without norm_eps; `TileCounts` or None.
+    """
+    _check(x, rotations, factors, key_padding_mask)
+    B, H, L, D = x.shape
+    Hr, _, R, W = rotations.shape
+    has_padding = key_padding_mask is not None
+    block_m, block_d, block_w, num_warps = _launch_config(D, x.dtype)
+    n_tiles = triton.cdiv(L, block_m)
+    low_bits, bins = digit_bins(math.prod(factors), has_padding)
+    rotations = rotations.to(torch.float32).contiguous()
+    buckets = torch.empty((B, H, R, L), dtype=torch.int32, device=x.device)
+    # the kernel leaves alone what is not wanted
+    padding = key_padding_mask.contiguous() if has_padding else buckets
+    inverse_norm = counts = buckets
+    if norm_eps is not None:
+        inverse_norm = torch.empty((B, H, L), dtype=torch.float32, device=x.device)
+    if with_counts:
+        counts = torch.empty((B, H, R, n_tiles, bins[0]), dtype=torch.int32, device=x.device)
+    with torch.cuda.device_of(x):
+        _hashing_fwd_kernel[(B * H * n_tiles,)](
+            x, rotations, padding, buckets, inverse_norm, counts, x.stride(), H, L, H // Hr, norm_eps or 0.0,
+            HAS_PADDING=has_padding, HAS_NORM=norm_eps is not None, HAS_COUNTS=with_counts,
+            R=R, D=D, W=W, FACTORS=tuple(factors), LOW_BITS=low_bits, N_BINS=bins[0], BLOCK_BINS=bins_block(bins[0]),
+            BLOCK_M=block_m, BLOCK_D=block_d, MAX_BLOCK_W=block_w, num_warps=num_warps, num_stages=2,
+        )  # fmt: skip
+    return buckets, None if norm_eps is None else inverse_norm, TileCounts(counts, block_m) if with_counts else None
+
+
+def _launch_config(D, dtype):
+    """(BLOCK_M, BLOCK_D, MAX_BLOCK_W, num_warps)"""
+    block_d = max(16, triton.next_power_of_2(D))
+    if dtype == torch.float32:
+        return (128 if block_d <= 64 else 64), block_d, 32, 4
+    if block_d <= 64:
+        return 256, block_d, 64, 8
+    return 128, block_d, 32, 4 if block_d == 128 else 8
+
+
+def _check(x, rotations, factors, key_padding_mask):
+    if x.dim() != 4 or 0 in x.shape[1:] or not 1 <= x.shape[3] <= 256 or x.shape[2] > MAX_LENGTH:
+        raise ValueError(f"x: got {list(x.shape)}, wanted [B, H, L, D] with 1 <= D <= 256 and L <= {MAX_LENGTH}")
+    if x.dtype not in _DTYPES or not rotations.is_floating_point():
+        raise TypeError(f"x, rotations: got {x.dtype}, {rotations.dtype}, wanted fp16, bf16 or fp32 and floating point")
+    if x.stride(3) != 1 and x.shape[3] > 1:
+        raise ValueError(f"x: got strides {x.stride()}, wanted a contiguous last dimension")
+    if any(n < 2 or n % 2 for n in factors) or not 2 <= math.prod(factors) <= MAX_BUCKETS:
+        raise ValueError(f"factors: got {factors}, wanted even ints with a product of 2 to {MAX_BUCKETS}")
+    H, D, width = x.shape[1], x.shape[3], sum(factors) // 2
+    if rotations.dim() != 4 or 0 in rotations.shape or H % rotations.shape[0] or rotations.shape[1::2] != (D, width):
+        raise ValueError(f"rotations: got {list(rotations.shape)}, wanted [Hr, {D}, R, {width}], Hr a divisor of {H}")
+    if rotations.device != x.device:
+        raise ValueError(f"rotations: got a tensor on {rotations.device}, wanted {x.device} like x")
+    if key_padding_mask is not None:
+        check_padding(key_padding_mask, x.shape[0], x.shape[2], x.device)
