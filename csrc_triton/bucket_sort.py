@@ -190,9 +190,7 @@ def sort_rounds(buckets, n_buckets, stretch, key_padding_mask=None, tile_counts=
     with torch.cuda.device_of(buckets):
         for i, n_bins in enumerate(bins):
             if tile_counts is None or i > 0:
-                tile_counts = _count(
-                    buckets, padding, words, L, H * R, n_buckets, has_padding, i == 0, low_bits, n_bins
-                )
+                tile_counts = _count(buckets, padding, words, L, H * R, n_buckets, has_padding, i == 0, low_bits, n_bins)
             counts, block_m = tile_counts
             n_tiles = triton.cdiv(L, block_m)
             block_t, block_bins, num_warps = _scan_launch_config(n_bins)

@@ -150,7 +150,7 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
     B, H, L, D = x.shape
     Hr, _, R, W = rotations.shape
     has_padding = key_padding_mask is not None
-    block_m, block_d, block_w, num_warps = _launch_config(D, x.dtype)
+    block_m, block_d, block_w, num_warps, num_stages = _launch_config(D, x.dtype)
     n_tiles = triton.cdiv(L, block_m)
     low_bits, bins = digit_bins(math.prod(factors), has_padding)
     rotations = rotations.to(torch.float32).contiguous()
@@ -167,19 +167,20 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
             x, rotations, padding, buckets, inverse_norm, counts, x.stride(), H, L, H // Hr, norm_eps or 0.0,
             HAS_PADDING=has_padding, HAS_NORM=norm_eps is not None, HAS_COUNTS=with_counts,
             R=R, D=D, W=W, FACTORS=tuple(factors), LOW_BITS=low_bits, N_BINS=bins[0], BLOCK_BINS=bins_block(bins[0]),
-            BLOCK_M=block_m, BLOCK_D=block_d, MAX_BLOCK_W=block_w, num_warps=num_warps, num_stages=2,
+            BLOCK_M=block_m, BLOCK_D=block_d, MAX_BLOCK_W=block_w, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return buckets, None if norm_eps is None else inverse_norm, TileCounts(counts, block_m) if with_counts else None
 
 
 def _launch_config(D, dtype):
-    """(BLOCK_M, BLOCK_D, MAX_BLOCK_W, num_warps)"""
+    """(BLOCK_M, BLOCK_D, MAX_BLOCK_W, num_warps, num_stages). BLOCK_M is the tile of the sort too, so as large as
+    registers and 64 KiB of shared memory let it be; fp32 dots spill with more than 8 of their elements per thread."""
     block_d = max(16, triton.next_power_of_2(D))
     if dtype == torch.float32:
-        return (128 if block_d <= 64 else 64), block_d, 32, 4
+        return (64, block_d, 32, 8, 2) if block_d <= 128 else (32, block_d, 32, 4, 1)
     if block_d <= 64:
-        return 256, block_d, 64, 8
-    return 128, block_d, 32, 4 if block_d == 128 else 8
+        return 256, block_d, 64, 8, 2
+    return (128, block_d, 32, 4, 1) if block_d == 128 else (64, block_d, 32, 4, 1)
 
 
 def _check(x, rotations, factors, key_padding_mask):

@@ -88,9 +88,7 @@ class Problem:
         chunk_length=8,
     ):  # fmt: skip
         fields = {"dedupe": dedupe and not config.startswith("wrap"), **CONFIGS[config]}
-        self.config = LSHConfig(
-            n_hashes=R, n_buckets=n_buckets, chunk_length=chunk_length, local_window=local_window, **fields
-        )
+        self.config = LSHConfig(n_hashes=R, n_buckets=n_buckets, chunk_length=chunk_length, local_window=local_window, **fields)
         self.shared, self.causal, self.dropout_p = keys == "shared", causal, dropout_p
         Hkv = H // 2 if keys == "grouped" else H
         S = {"longer": L + 37, "shorter": max(1, L // 2)}.get(keys, L)
@@ -120,9 +118,7 @@ class Problem:
         )  # fmt: skip
 
     def sort(self):
-        return torch_backend.sort_rounds(
-            self.q_buckets, self.k_buckets, self.padding, self.options, self.value.shape[2]
-        )
+        return torch_backend.sort_rounds(self.q_buckets, self.k_buckets, self.padding, self.options, self.value.shape[2])
 
     def run(self, state=None, attend=attention_fwd, **kwargs):
         tensors = self.query, self.key, self.value, self.padding, self.seed
@@ -250,9 +246,7 @@ def test_attention_fwd_drops_what_the_oracle_drops(dropout_p, device):
 
 @pytest.mark.parametrize("case", covering_cases()[:10], ids=name_of)
 def test_attention_fwd_writes_within_its_buffers(case, device, guard_zones):
-    problem = Problem(
-        device, **{**case, "L": min(case["L"], 100), "D": min(case["D"], 24), "R": min(case["R"], 2)}, H=2
-    )
+    problem = Problem(device, **{**case, "L": min(case["L"], 100), "D": min(case["D"], 24), "R": min(case["R"], 2)}, H=2)
     assert_equals_oracle(problem, problem.run())
     guard_zones()
 
@@ -382,9 +376,7 @@ def test_attention_fwd_of_long_sequences_equals_the_torch_backend(dtype, device)
 @pytest.mark.gpu
 def test_attention_fwd_addresses_its_own_buffers_in_64_bits(device):
     """Partial results of more than 2^31 elements: the last head is what it is alone."""
-    problem = Problem(
-        device, causal=True, R=4, D=64, L=2**17, H=66, n_buckets=4096, chunk_length=64, dtype=torch.float16
-    )
+    problem = Problem(device, causal=True, R=4, D=64, L=2**17, H=66, n_buckets=4096, chunk_length=64, dtype=torch.float16)
     out, lse = problem.run()
     assert math.prod((66, 4, 2**17, 64)) > 2**31
     problem.query, problem.value = problem.query[:, -1:], problem.value[:, -1:]

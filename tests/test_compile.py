@@ -31,9 +31,7 @@ def combine_rounds(length, n_hashes, head_dim, dtype, n_heads=2):
     combine_rounds(torch.zeros(*lse.shape, head_dim, dtype=dtype), lse)
 
 
-def attention_fwd(
-    length=1024, head_dim=64, dtype=torch.float16, causal=True, keys="shared", mask=False, dropout_p=0.0, **fields
-):
+def attention_fwd(length=1024, head_dim=64, dtype=torch.float16, causal=True, keys="shared", mask=False, dropout_p=0.0, **fields):
     from lsh_kernels.config import AttentionOptions, LSHConfig
     from lsh_kernels.csrc_triton.attention_fwd import attention_fwd
     from lsh_kernels.torch_backend import SortedRounds

@@ -185,9 +185,7 @@ def test_demo_text_is_split_by_file_name(tmp_path, monkeypatch):
 def test_demo_text_is_there():
     train, heldout = demo.corpus()
     assert len(train) > 10 * len(heldout) and len(heldout) > 16 * 8192
-    assert b"def " in train.tobytes() and not set(heldout.tobytes().split(b"\0")) & set(
-        train.tobytes().split(b"\0")
-    ) - {b""}
+    assert b"def " in train.tobytes() and not set(heldout.tobytes().split(b"\0")) & set(train.tobytes().split(b"\0")) - {b""}
 
 
 def test_demo_windows_span_the_heldout_text():
@@ -277,11 +275,7 @@ def test_demo_update_learns():
 
 def test_demo_learning_rate_warms_up_and_decays():
     rates = [demo.learning_rate(step, 60) for step in range(60)]
-    assert (
-        rates[0] == pytest.approx(1 / 6)
-        and max(rates) == rates[6] == 1
-        and rates == rates[:6] + sorted(rates[6:])[::-1]
-    )
+    assert rates[0] == pytest.approx(1 / 6) and max(rates) == rates[6] == 1 and rates == rates[:6] + sorted(rates[6:])[::-1]
     assert 0.1 <= rates[-1] < 0.11 and demo.learning_rate(0, 1) == 1
 
 
@@ -289,9 +283,7 @@ def test_demo_sinusoids():
     positions = demo.sinusoids(3)
     assert positions.shape == (3, demo.EMBED_DIM)
     half = demo.EMBED_DIM // 2
-    assert positions[2, 0].item() == pytest.approx(math.sin(2)) and positions[2, half].item() == pytest.approx(
-        math.cos(2)
-    )
+    assert positions[2, 0].item() == pytest.approx(math.sin(2)) and positions[2, half].item() == pytest.approx(math.cos(2))
     assert positions[1, half - 1].item() == pytest.approx(math.sin(10_000 ** -((half - 1) / half)))
 
 

@@ -231,8 +231,7 @@ def test_modules_multihead_is_the_functional_call(shared_qk, is_causal):
     layer, x = multihead(shared_qk=shared_qk).eval(), torch.randn(3, L, E)
     nn.init.normal_(layer.in_proj_bias)
     q, k, v = (
-        y.unflatten(-1, (H, -1)).transpose(1, 2)
-        for y in F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)
+        y.unflatten(-1, (H, -1)).transpose(1, 2) for y in F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)
     )
     out = lsh_attention(
         q, None if shared_qk else k, v, config=CONFIG, is_causal=is_causal, key_padding_mask=PADDING,
@@ -572,9 +571,7 @@ def test_modules_encoder_with_padding_in_eval(spy, build, way):
         torch.testing.assert_close(encoder(noise, src_key_padding_mask=PADDING)[~PADDING], expected[~PADDING])
         # causal, as the mask that users pass: found to be causal by nn.TransformerEncoder itself
         got = encoder(x, mask=nn.Transformer.generate_square_subsequent_mask(L))
-        torch.testing.assert_close(
-            got, by_hand(encoder.layers[1], by_hand(encoder.layers[0], x, None, True), None, True)
-        )
+        torch.testing.assert_close(got, by_hand(encoder.layers[1], by_hand(encoder.layers[0], x, None, True), None, True))
 
 
 @pytest.mark.parametrize("fastpath", [True, False])
@@ -652,9 +649,7 @@ def test_modules_torch_compile_traces_eval():
 
 
 def test_replace_keeps_parameters_mode_dtype_and_hooks():
-    model = nn.Sequential(
-        encoder_layer(dtype=torch.float64), nn.ModuleDict({"a": nn.MultiheadAttention(E, H, bias=False)})
-    )
+    model = nn.Sequential(encoder_layer(dtype=torch.float64), nn.ModuleDict({"a": nn.MultiheadAttention(E, H, bias=False)}))
     model.eval()[1].train()
     seen = []
     model[0].self_attn.register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
@@ -667,9 +662,7 @@ def test_replace_keeps_parameters_mode_dtype_and_hooks():
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
     assert list(model.state_dict()) == keys
     for layer, training in ((model[0].self_attn, False), (model[1]["a"], True)):
-        assert (
-            type(layer) is LSHMultiheadAttention and layer.training is training and layer.out_proj.training is training
-        )
+        assert type(layer) is LSHMultiheadAttention and layer.training is training and layer.out_proj.training is training
         assert (layer.config, layer.shared_qk, layer.exact_below) == (CONFIG, True, 3)
     x = torch.randn(2, L, E, dtype=torch.float64)
     weight = model[0].self_attn.in_proj_weight.clone()

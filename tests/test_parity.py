@@ -31,12 +31,8 @@ IMPLEMENTATIONS = {
     ),
     "torch": SimpleNamespace(
         lsh_hash=lambda x, *args: lsh_kernels.lsh_hash(x, *args),
-        lsh_attention=lambda *args, **options: lsh_kernels.lsh_attention(
-            *args, backend="torch", return_lse=True, **options
-        ),
-        local_attention=lambda *args, **options: lsh_kernels.local_attention(
-            *args, backend="torch", return_lse=True, **options
-        ),
+        lsh_attention=lambda *args, **options: lsh_kernels.lsh_attention(*args, backend="torch", return_lse=True, **options),
+        local_attention=lambda *args, **options: lsh_kernels.local_attention(*args, backend="torch", return_lse=True, **options),
     ),
 }
 
@@ -240,9 +236,7 @@ def test_paper_counting_copies_equals_reformer_pytorch(ours, causal):
     length, chunk_length, n_hashes, n_buckets = 48, 8, 3, 6
     q, v = inputs(length)
     rotations = draw_rotations(1, n_hashes, n_buckets // 2)
-    wanted, buckets = reformer_pytorch(
-        q, v, rotations, chunk_length=chunk_length, causal=causal, attend_across_buckets=False
-    )
+    wanted, buckets = reformer_pytorch(q, v, rotations, chunk_length=chunk_length, causal=causal, attend_across_buckets=False)
     config = LSHConfig.paper(n_hashes=n_hashes, n_buckets=n_buckets, chunk_length=chunk_length, dedupe=False)
     out, _ = ours.lsh_attention(q, None, v, config=config, is_causal=causal, buckets=buckets, scale=D**-0.5)
     check(out, wanted, (q, v))

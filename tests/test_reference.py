@@ -66,9 +66,7 @@ def test_lsh_hash_shares_the_rotations_of_a_group_of_heads():
         for r in range(2):
             y = x[:, h] @ rotations[h // 2, :, r]
             assert torch.equal(got[:, h, r], torch.cat([y, -y], -1).argmax(-1).int())
-    assert torch.equal(
-        reference.lsh_hash(x, rotations[:1], 8)[:, 3], reference.lsh_hash(x[:, 3:], rotations[:1], 8)[:, 0]
-    )
+    assert torch.equal(reference.lsh_hash(x, rotations[:1], 8)[:, 3], reference.lsh_hash(x[:, 3:], rotations[:1], 8)[:, 0])
 
 
 def test_lsh_hash_keeps_nan_rows_in_range():
@@ -126,9 +124,7 @@ def test_candidates_padding_is_sorted_into_a_bucket_of_its_own():
     window = LSHConfig(n_hashes=1, n_buckets=2, window=2)
     assert shared_seen(window, BUCKETS, padded=(2, 7)) == ["45", "36", "", "16", "05", "04", "13", ""]
     # chunks 0 4 5, 1 3 6, 2 7: with attention across buckets a padded query sees real keys
-    chunk = LSHConfig(
-        n_hashes=1, n_buckets=2, chunk_length=3, span="chunk", within_bucket=False, dedupe=False, chunks_after=1
-    )
+    chunk = LSHConfig(n_hashes=1, n_buckets=2, chunk_length=3, span="chunk", within_bucket=False, dedupe=False, chunks_after=1)
     assert shared_seen(chunk, BUCKETS, padded=(2, 7)) == [
         "13456", "03456", "136", "01456", "01356", "01346", "01345", "136"
     ]  # fmt: skip
@@ -337,9 +333,7 @@ def softmax_by_hand(q, k, v, N, scale):
         s = [scale * sum(a * b for a, b in zip(q[i], key, strict=True)) for key in k]
         weights = [n * math.exp(x) for n, x in zip(row, s, strict=True)]
         lse.append(math.log(sum(weights)))
-        out.append(
-            [sum(w * x for w, x in zip(weights, column, strict=True)) / sum(weights) for column in zip(*v, strict=True)]
-        )
+        out.append([sum(w * x for w, x in zip(weights, column, strict=True)) / sum(weights) for column in zip(*v, strict=True)])
     return out, lse
 
 
@@ -364,9 +358,7 @@ def test_lsh_attention_identical_rounds_raise_lse_by_their_logarithm():
     results = {}
     for n_hashes in (1, 3):
         config = LSHConfig(n_hashes=n_hashes, n_buckets=2, window=2, dedupe=False)
-        results[n_hashes] = reference.lsh_attention(
-            q, None, v, config=config, buckets=as_buckets(*[BUCKETS] * n_hashes)
-        )
+        results[n_hashes] = reference.lsh_attention(q, None, v, config=config, buckets=as_buckets(*[BUCKETS] * n_hashes))
     torch.testing.assert_close(results[3][0], results[1][0], rtol=0, atol=1e-14)
     torch.testing.assert_close(results[3][1], results[1][1] + math.log(3), rtol=0, atol=1e-14)
 
@@ -433,9 +425,7 @@ def test_lsh_attention_shared_token_alone_attends_itself():
     out, lse = reference.lsh_attention(q, None, v, config=config, is_causal=True, buckets=buckets)
     # 0 and 2 are alone; 1 sees only 0, s_10 = (0.6, 0.8).(0.6, 0.8) = 1
     assert out.flatten().tolist() == [1.0, 1.0, 4.0]
-    torch.testing.assert_close(
-        lse.flatten(), torch.tensor([5 - 1e5, 1.0, 1 - 1e5], dtype=torch.float64), rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(lse.flatten(), torch.tensor([5 - 1e5, 1.0, 1 - 1e5], dtype=torch.float64), rtol=0, atol=1e-10)
     d_out = torch.autograd.grad(out[0, 0, 2, 0], (q, v), retain_graph=True)
     assert d_out[0].count_nonzero() == 0 and d_out[1].flatten().tolist() == [0, 0, 1]
     # lse_0 = ||q_0|| - 1e5 has the gradient q_0 / ||q_0||
@@ -486,9 +476,7 @@ def test_rows_without_a_target_are_zero_with_zero_gradients():
     config = LSHConfig(n_hashes=1, n_buckets=4, span="bucket", local_window=1)
     zeros = as_buckets([0, 0, 0])
     # all padded, shared and separate
-    check_no_target(
-        *reference.lsh_attention(q, None, v, config=config, buckets=zeros, key_padding_mask=everything), (q, v)
-    )
+    check_no_target(*reference.lsh_attention(q, None, v, config=config, buckets=zeros, key_padding_mask=everything), (q, v))
     check_no_target(
         *reference.lsh_attention(q, k, v, config=config, buckets=(zeros, zeros), key_padding_mask=everything), (q, k, v)
     )

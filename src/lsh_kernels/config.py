@@ -82,9 +82,7 @@ class LSHConfig:
             factors = bucket_factors(self.n_buckets)
             object.__setattr__(self, "n_buckets", factors if len(factors) > 1 else factors[0])
         if self.span != "chunk" and not self.within_bucket:
-            raise ValueError(
-                f'within_bucket: got False with span="{self.span}", wanted True (only span="chunk" crosses buckets)'
-            )
+            raise ValueError(f'within_bucket: got False with span="{self.span}", wanted True (only span="chunk" crosses buckets)')
         if self.wrap and (self.span != "chunk" or self.within_bucket or self.dedupe):
             raise ValueError(
                 f"wrap: got True with span={self.span!r}, within_bucket={self.within_bucket}, dedupe={self.dedupe}; "

@@ -75,9 +75,7 @@ def _parse(argv):
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps per model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="layers of the model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and hashes (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/demo"), help="folder for the files (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the files (default: %(default)s)")
     options = parser.parse_args(argv)
     for name, least in (("length", 16), ("steps", 1), ("layers", 1)):
         if getattr(options, name) < least:
@@ -432,9 +430,7 @@ def plot(figure, results):
         color, line, marker = styles[name]
         train, heldout = rows["train"], rows["heldout"]
         losses.plot(_column(train, "step"), _column(train, "bits_per_byte"), line, color=color, linewidth=1)
-        losses.plot(
-            _column(heldout, "step"), _column(heldout, "bits_per_byte"), line, color=color, marker=marker, label=name
-        )
+        losses.plot(_column(heldout, "step"), _column(heldout, "bits_per_byte"), line, color=color, marker=marker, label=name)
     for name, line in (("unigram", ":"), ("bigram", (0, (1, 4)))):
         if "text" in results:
             losses.axhline(results["text"][name], color="black", linestyle=line, linewidth=1, label=f"{name} counts")

@@ -335,9 +335,7 @@ def _check_backend(backend: str, tensor: Tensor, stage: str) -> str:
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(map(repr, _BACKENDS))}")
     if backend == "triton":
         if stage not in _TRITON_STAGES:
-            raise NotImplementedError(
-                f'backend: got "triton", but {stage} has no Triton kernels yet; wanted "auto" or "torch"'
-            )
+            raise NotImplementedError(f'backend: got "triton", but {stage} has no Triton kernels yet; wanted "auto" or "torch"')
         problem = triton_problem(tensor)
         if problem:
             raise RuntimeError(f'backend: "triton" can\'t run: {problem}')
@@ -374,9 +372,7 @@ def _check_head_tensor(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted 4 dimensions [B, H, L, D]")
     _check_dtype(name, x)
     if x.shape[1] < 1 or not 1 <= x.shape[2] <= _MAX_LENGTH or not 1 <= x.shape[3] <= _MAX_HEAD_DIM:
-        raise ValueError(
-            f"{name}: got shape {tuple(x.shape)}, wanted [B, H >= 1, 1 <= L <= 2^24, 1 <= D <= {_MAX_HEAD_DIM}]"
-        )
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted [B, H >= 1, 1 <= L <= 2^24, 1 <= D <= {_MAX_HEAD_DIM}]")
 
 
 def _check_dtype(name: str, x: Tensor) -> None:
@@ -424,9 +420,7 @@ def _check_buckets(buckets, q_shape: tuple[int, ...], k_shape: tuple[int, ...] |
         names, parts, shapes = ("buckets",), (buckets,), (q_shape,)
     else:
         if not isinstance(buckets, (tuple, list)) or len(buckets) != 2:
-            raise TypeError(
-                f"buckets: got {type(buckets).__name__}, wanted a pair (of queries, of keys) for separate keys"
-            )
+            raise TypeError(f"buckets: got {type(buckets).__name__}, wanted a pair (of queries, of keys) for separate keys")
         names, parts, shapes = ("buckets[0]", "buckets[1]"), tuple(buckets), (q_shape, k_shape)
     for name, part, shape in zip(names, parts, shapes):
         if not isinstance(part, Tensor):

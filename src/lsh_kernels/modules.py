@@ -196,9 +196,7 @@ class LSHMultiheadAttention(_FixedInEval, nn.MultiheadAttention):
         shared_qk: bool = False,
         exact_below: int = 0,
     ):
-        super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
-        )
+        super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         self._set_options(config, shared_qk, exact_below)
 
     def _set_options(self, config, shared_qk, exact_below):
@@ -267,9 +265,7 @@ class LSHMultiheadAttention(_FixedInEval, nn.MultiheadAttention):
 
         exact = max(q_len, k_len) < self.exact_below
         if exact and not self.shared_qk:
-            return self._exact(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
+            return self._exact(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if need_weights:
             raise ValueError(
                 "need_weights: got True, wanted False (LSH attention has no [L, S] weights to return); "
@@ -371,9 +367,7 @@ class LSHMultiheadAttention(_FixedInEval, nn.MultiheadAttention):
                 "tensor of the strided layout for all three)"
             )
         if key_padding_mask is not None or attn_mask is not None or need_weights:
-            raise ValueError(
-                "key_padding_mask, attn_mask, need_weights: got one with nested input, wanted None, None and False"
-            )
+            raise ValueError("key_padding_mask, attn_mask, need_weights: got one with nested input, wanted None, None and False")
         lengths = [row.shape[0] for row in query.unbind()]
         x = query.to_padded_tensor(0.0)
         padding = torch.arange(x.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]  # [B, L]
@@ -390,9 +384,7 @@ class LSHMultiheadAttention(_FixedInEval, nn.MultiheadAttention):
                 wanted = f"{n_dims} dimensions (those of query), the last of size {width}"
                 raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted {wanted}")
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(
-                f"value: got shape {tuple(value.shape)}, wanted key's but for the last: {tuple(key.shape)}"
-            )
+            raise ValueError(f"value: got shape {tuple(value.shape)}, wanted key's but for the last: {tuple(key.shape)}")
         batch = 0 if self.batch_first else 1
         if n_dims == 3 and query.shape[batch] != key.shape[batch]:
             raise ValueError(f"key: got batch size {key.shape[batch]}, wanted {query.shape[batch]} (that of query)")
@@ -450,9 +442,7 @@ def replace_multihead_attention(
     model = swapped.get(id(model), model)
 
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(m, LSHMultiheadAttention) for m in module.modules()
-        ):
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LSHMultiheadAttention) for m in module.modules()):
             module.enable_nested_tensor = module.use_nested_tensor = False
     return model
 
@@ -461,14 +451,10 @@ def _swap(path, old, config, shared_qk, exact_below):
     """An LSHMultiheadAttention with the parameters, sub-modules, hooks and mode of `old`."""
     name = path or "model"
     if type(old) not in (nn.MultiheadAttention, LSHMultiheadAttention):
-        raise TypeError(
-            f"{name}: got {type(old).__name__}, wanted nn.MultiheadAttention itself (filter can leave it out)"
-        )
+        raise TypeError(f"{name}: got {type(old).__name__}, wanted nn.MultiheadAttention itself (filter can leave it out)")
     compiled = name.endswith("_orig_mod") or old.__dict__.get("_compiled_call_impl") is not None
     if compiled or "forward" in old.__dict__:
-        raise ValueError(
-            f"{name}: got a layer that is compiled or has its forward patched, wanted a plain one: swap first"
-        )
+        raise ValueError(f"{name}: got a layer that is compiled or has its forward patched, wanted a plain one: swap first")
     new = LSHMultiheadAttention.__new__(LSHMultiheadAttention)
     # not through __init__: hooks and whatever else was attached have to come along
     new.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in old.__dict__.items()})

@@ -154,9 +154,7 @@ def _differentiate(ctx, dout, dlse, *_):
     return dquery, None if key is None else dkey, dvalue, *(None,) * (n_inputs - 3)
 
 
-torch.library.register_autograd(
-    "lsh_kernels::attention_forward", _differentiate, setup_context=_save_for_backward, lib=_library
-)
+torch.library.register_autograd("lsh_kernels::attention_forward", _differentiate, setup_context=_save_for_backward, lib=_library)
 
 
 @_implement("lsh_hash")

@@ -60,9 +60,7 @@ def lsh_attention(
         buckets = lsh_hash(query, rotations, n_buckets)
         if not shared:
             buckets = buckets, lsh_hash(key, rotations, n_buckets)
-    counts = candidates(
-        config, buckets, q_len, k_len, shared=shared, is_causal=is_causal, key_padding_mask=key_padding_mask
-    )
+    counts = candidates(config, buckets, q_len, k_len, shared=shared, is_causal=is_causal, key_padding_mask=key_padding_mask)
     # queries without any target fall back on their own key, on the diagonal
     own = torch.zeros_like(counts, dtype=torch.bool)  # [B, H, L, S]
     if q_len == k_len:

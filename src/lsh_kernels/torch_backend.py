@@ -115,9 +115,7 @@ def _round_weights(lse: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------------------- dropout
-def dropout_keep(
-    seed: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor, dropout_p: float
-) -> Tensor:
+def dropout_keep(seed: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor, dropout_p: float) -> Tensor:
     """Keep-mask of pairs: word 0 of Philox4x32-7 with key `seed` and counter (key_pos, query_pos, head, batch) >= p * 2^32.
 
     The index tensors (int64) broadcast against each other; a pure function of positions, the same in every backend.
@@ -307,9 +305,7 @@ def _identity_round(n: int, L: int, shared: bool, options: AttentionOptions, dev
     return _Round(slot, slot, slot, slot, lo, torch.maximum(hi.clamp(0, L), lo), reach, True, True)
 
 
-def _span_interval(
-    o: AttentionOptions, slot: Tensor, end: Tensor, first: Tensor, last: Tensor
-) -> tuple[Tensor, Tensor]:
+def _span_interval(o: AttentionOptions, slot: Tensor, end: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """[lo, hi) of the query in slot `slot`, up to whose position the key order runs to `end`, in the bucket [first, last)."""
     if o.span == "window":
         return end - o.window - 1, end + o.window
@@ -405,9 +401,7 @@ def _cyclic_walk(rounds: list[_Round], o: AttentionOptions) -> _Walk:
     around = slots % length
     pos = torch.cat([r.q_order for r in rounds], 1)[:, around]
     k_pos = torch.cat([r.k_order for r in rounds], 1)[:, around]
-    reach = _reach(
-        o._replace(chunks_before=before, chunks_after=after), n, length, False, L, halo, len(slots) if n > 1 else 0
-    )
+    reach = _reach(o._replace(chunks_before=before, chunks_after=after), n, length, False, L, halo, len(slots) if n > 1 else 0)
     head, tail = slice(0, halo), slice(halo + length, len(slots))
     return _Walk(
         pos, k_pos, lo, hi, reach, False, True,
@@ -441,10 +435,7 @@ class _Entries:
 
     def relative_interval(self, tiles: slice | Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         """The intervals [lo, hi) of tiles within windows from `starts` on, as lo + hi - 1 and hi - lo - 1, each [G, M, 1]."""
-        lo, hi = (
-            (x[tiles] - starts[:, None]).clamp_(0, self.width).to(self.int_dtype).unsqueeze(-1)
-            for x in (self.lo, self.hi)
-        )
+        lo, hi = ((x[tiles] - starts[:, None]).clamp_(0, self.width).to(self.int_dtype).unsqueeze(-1) for x in (self.lo, self.hi))
         return lo + hi - 1, hi - lo - 1
 
     def q_side(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -594,9 +585,9 @@ class _Heads:
 
     def __init__(self, tensors: _Tensors, b: int, first: int, n: int):
         o, self.tensors, self.b = tensors.options, tensors, b
-        query, key, state = tensors.query, tensors.key, tensors.state
+        query, state = tensors.query, tensors.state
         self.heads = slice(first, first + n)
-        self.n, L, S, device = n, query.shape[2], tensors.k_len, query.device
+        self.n, L, device = n, query.shape[2], query.device
         self.q_ids = torch.arange(first, first + n, device=device)
         self.kv_ids = self.q_ids // (query.shape[1] // tensors.value.shape[1])
         self.padding = None if tensors.padding is None else tensors.padding[b]  # [S]
@@ -707,14 +698,10 @@ class _Logits:
         else:
             q = block.query_rows("q", self.rows["query"], self.q_index, self.dtype)
             if self.tensors.shared and self.padding is not None:
-                q.masked_fill_(
-                    self.heads.padding[self.entries.q_side(self.entries.walk.q_pos)[block.tiles]].unsqueeze(-1), 0
-                )
+                q.masked_fill_(self.heads.padding[self.entries.q_side(self.entries.walk.q_pos)[block.tiles]].unsqueeze(-1), 0)
         k = x
         if self.tensors.shared:
-            k = torch.mul(
-                x, self.inverse_norm[block.keys].unsqueeze(-1), out=block.buffer("k", *x.shape, dtype=self.dtype)
-            )
+            k = torch.mul(x, self.inverse_norm[block.keys].unsqueeze(-1), out=block.buffer("k", *x.shape, dtype=self.dtype))
         return q, block.key_windows(k), block.key_windows(v)
 
     def of(self, block: _Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
