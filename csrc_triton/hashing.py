@@ -75,18 +75,21 @@ def _hashing_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     row_mask = offs_m < L
     col_mask = offs_d < D
-    alive_mask = row_mask
+
+    # padded rows are read like any other: whatever they hold stays in their own row, whose results are replaced. Had
+    # the mask of this load come from a load of bytes, Triton 3.7 for sm_100 would take x for a widened 8-bit type and
+    # run the dot in TF32
+    x_ptrs = x_ptr + b * x_strides[0] + h * x_strides[1] + offs_m[:, None] * x_strides[2] + offs_d[None, :]
+    x = tl.load(x_ptrs, mask=row_mask[:, None] & col_mask[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
     if HAS_PADDING:
         padded_mask = tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=0) != 0
-        alive_mask = row_mask & ~padded_mask
-
-    x_ptrs = x_ptr + b * x_strides[0] + h * x_strides[1] + offs_m[:, None] * x_strides[2] + offs_d[None, :]
-    x = tl.load(x_ptrs, mask=alive_mask[:, None] & col_mask[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
     if HAS_NORM:
         wide = x.to(tl.float32)
         square = tl.sum(wide * wide, 1)
-        # zero vectors, padded rows among them, have no direction
+        # a zero vector has no direction
         zero_mask = square == 0.0
+        if HAS_PADDING:
+            zero_mask = zero_mask | padded_mask
         inverse_norm = tl.where(zero_mask, 0.0, 1.0 / tl.sqrt(tl.where(zero_mask, 1.0, square + D * norm_eps)))
         tl.store(inverse_norm_ptr + pid_bh * L + offs_m, inverse_norm, mask=row_mask)
 
@@ -138,7 +141,7 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
 
     Args:
         x, rotations, factors: as in `lsh_hash`.
-        key_padding_mask: [B, L] bool, True = ignore, or None. Padded rows are not read and get bucket N.
+        key_padding_mask: [B, L] bool, True = ignore, or None. Padded rows get bucket N.
         norm_eps: None, or what is added to the mean square of a row before it normalises the row.
         with_counts: count the first digit per tile, for `sort_rounds`.
 
@@ -174,13 +177,14 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
 
 def _launch_config(D, dtype):
     """(BLOCK_M, BLOCK_D, MAX_BLOCK_W, num_warps, num_stages). BLOCK_M is the tile of the sort too, so as large as
-    registers and 64 KiB of shared memory let it be; fp32 dots spill with more than 8 of their elements per thread."""
+    registers and 64 KiB of shared memory let it be; fp32 dots spill with more than 8 of their sums per thread."""
     block_d = max(16, triton.next_power_of_2(D))
     if dtype == torch.float32:
-        return (64, block_d, 32, 8, 2) if block_d <= 128 else (32, block_d, 32, 4, 1)
+        # without pipelining, rotations would wait in registers
+        return (64, block_d, 32, 8, 2) if block_d <= 128 else (32, block_d, 32, 4, 2)
     if block_d <= 64:
         return 256, block_d, 64, 8, 2
-    return (128, block_d, 32, 4, 1) if block_d == 128 else (64, block_d, 32, 4, 1)
+    return (128 if block_d == 128 else 64), block_d, 32, 4, 1
 
 
 def _check(x, rotations, factors, key_padding_mask):

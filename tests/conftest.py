@@ -12,6 +12,8 @@ if not HAS_GPU:
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+# tiny tensors: a second thread costs more than it brings
+torch.set_num_threads(1)
 # fills torch.empty with NaN: a place that nobody wrote shows
 torch.use_deterministic_algorithms(True, warn_only=True)
 

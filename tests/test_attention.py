@@ -147,7 +147,7 @@ def test_attention_gradients_pass_gradcheck_through_lse(shared, span):
         given = buckets if shared else (buckets, buckets)
         out, lse = lsh_attention(query, key, value, config=config, is_causal=True, buckets=given, return_lse=True)
         # self-only rows have a constant of -1e5 in lse
-        return out, lse - lse.detach()
+        return out, torch.where(lse < -5e4, lse + 1e5, lse)
 
     torch.autograd.gradcheck(attend, inputs)
 

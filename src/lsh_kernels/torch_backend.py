@@ -438,9 +438,11 @@ class _Entries:
         lo, hi = ((x[tiles] - starts[:, None]).clamp_(0, self.width).to(self.int_dtype).unsqueeze(-1) for x in (self.lo, self.hi))
         return lo + hi - 1, hi - lo - 1
 
-    def q_side(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Per query slot [n, slots] -> per tile [n_tiles, _TILE]."""
-        return F.pad(x.flatten().to(dtype or x.dtype), (0, self.tail)).view(self.n_tiles, _TILE)
+    def q_side(self, x: Tensor, dtype: torch.dtype | None = None, repeat_last: bool = False) -> Tensor:
+        """Per query slot [n, slots] -> per tile [n_tiles, _TILE]; the last tile is filled up with 0 or the last entry."""
+        x = x.flatten().to(dtype or x.dtype)
+        fill = x[-1:].expand(self.tail) if repeat_last else x.new_zeros(self.tail)
+        return torch.cat((x, fill)).view(self.n_tiles, _TILE)
 
     def k_side(self, x: Tensor, dtype: torch.dtype | None = None, value: int = 0) -> Tensor:
         """Per key slot, with room on both sides for the first and the last window."""
@@ -672,6 +674,8 @@ class _Logits:
         self.padding = None
         if heads.padding is not None:
             self.padding = entries.k_side(heads.padding[walk.k_pos], value=1)
+            if self.tensors.shared:
+                self.q_padding = entries.q_side(heads.padding[walk.q_pos], repeat_last=True)
         if self.tensors.options.dropout_p:
             self.q_pos, self.q_head = (
                 entries.q_side(walk.q_pos),
@@ -681,7 +685,9 @@ class _Logits:
 
     def query_index(self, name: str) -> Tensor:
         """Row numbers of a tensor [B,H,L,..] for the queries of every tile."""
-        return self.entries.q_side(self.rows[name].index(self.heads.b, self.heads.q_ids, self.entries.walk.q_pos))
+        # the last tile is filled up with rows of its own head: no other sample may reach it
+        index = self.rows[name].index(self.heads.b, self.heads.q_ids, self.entries.walk.q_pos)
+        return self.entries.q_side(index, repeat_last=True)
 
     def operands(self, block: _Block) -> tuple[Tensor, Tensor, Tensor]:
         """q [G,M,D], k [G,N,D], v [G,N,Dv], keys normalised if shared, padded rows zero."""
@@ -698,7 +704,7 @@ class _Logits:
         else:
             q = block.query_rows("q", self.rows["query"], self.q_index, self.dtype)
             if self.tensors.shared and self.padding is not None:
-                q.masked_fill_(self.heads.padding[self.entries.q_side(self.entries.walk.q_pos)[block.tiles]].unsqueeze(-1), 0)
+                q.masked_fill_(self.q_padding[block.tiles].unsqueeze(-1), 0)
         k = x
         if self.tensors.shared:
             k = torch.mul(x, self.inverse_norm[block.keys].unsqueeze(-1), out=block.buffer("k", *x.shape, dtype=self.dtype))
