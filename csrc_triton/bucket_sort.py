@@ -161,10 +161,10 @@ def bucket_sort(buckets, n_buckets, key_padding_mask=None):
     Returns:
         order [B, H, R, L] int32, slot -> position; inside a bucket positions ascend.
     """
-    return sort_rounds(buckets, n_buckets, 0, key_padding_mask)[0]
+    return sort_buckets(buckets, n_buckets, 0, key_padding_mask)[0]
 
 
-def sort_rounds(buckets, n_buckets, stretch, key_padding_mask=None, tile_counts=None):
+def sort_buckets(buckets, n_buckets, stretch, key_padding_mask=None, tile_counts=None):
     """`bucket_sort` that also fixes slot and bucket of every position.
 
     Args:

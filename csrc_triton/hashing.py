@@ -143,7 +143,7 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
         x, rotations, factors: as in `lsh_hash`.
         key_padding_mask: [B, L] bool, True = ignore, or None. Padded rows get bucket N.
         norm_eps: None, or what is added to the mean square of a row before it normalises the row.
-        with_counts: count the first digit per tile, for `sort_rounds`.
+        with_counts: count the first digit per tile, for `sort_buckets`.
 
     Returns:
         buckets [B, H, R, L] int32; inverse_norm [B, H, L] float32, 1 / sqrt(sum(x^2) + D * norm_eps), 0 for zero

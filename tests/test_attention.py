@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -271,3 +273,40 @@ ERRORS = [
 def test_bad_arguments_are_named(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("span", ["window", "bucket"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_attention_keeps_samples_apart(span, shared):
+    config = LSHConfig(n_hashes=R, n_buckets=4, **SPANS[span])
+    query, value = (torch.randn(2, H, 70, D) for _ in range(2))
+    key = None if shared else torch.randn(2, H, 70, D)
+    for x in (query, key, value):
+        if x is not None:
+            x[0] = torch.nan
+            x.requires_grad_()
+    buckets = torch.randint(0, 4, (2, H, R, 70))
+    out = lsh_attention(query, key, value, config=config, buckets=buckets if shared else (buckets, buckets))
+    inputs = [x for x in (query, key, value) if x is not None]
+    for x in (out, *torch.autograd.grad(out[1].sum(), inputs)):
+        assert x[1].isfinite().all()
+
+
+PEAK = """
+import resource, sys, torch
+from lsh_kernels import lsh_attention
+def run(L):
+    q, v = (torch.randn(1, 8, L, 64, requires_grad=True) for _ in range(2))
+    lsh_attention(q, None, v, is_causal=True).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = run(256)
+print(run(int(sys.argv[1])) - start)
+"""
+
+
+def test_attention_memory_grows_linearly():
+    def peak(length):
+        return int(subprocess.run([sys.executable, "-c", PEAK, str(length)], capture_output=True, check=True, text=True).stdout)
+
+    # H = 8, D = 64, R = 4, C = 64; a process each, since the peak of one never falls
+    assert peak(16_384) <= 2.2 * peak(8_192)

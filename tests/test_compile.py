@@ -6,6 +6,7 @@ process of its own: TRITON_INTERPRET, which the other tests rely on, breaks comp
 
 import functools
 import json
+import math
 import os
 import re
 import resource
@@ -53,6 +54,17 @@ def attention_fwd(length=1024, head_dim=64, dtype=torch.float16, causal=True, ke
         attention_fwd(query, value, value, padding, seed, SortedRounds(q_order, q_order, k_order, k_order), options)
 
 
+def hash_sort(length=1024, head_dim=64, dtype=torch.bfloat16, factors=(32, 64), mask=False):
+    from lsh_kernels.csrc_triton.bucket_sort import sort_buckets
+    from lsh_kernels.csrc_triton.hashing import hash_rows
+
+    x, rotations = torch.zeros(1, 4, length, head_dim, dtype=dtype), torch.zeros(1, head_dim, 4, sum(factors) // 2)
+    padding = torch.zeros(1, length, dtype=torch.bool) if mask else None
+    buckets, _, tile_counts = hash_rows(x, rotations, factors, padding, 0.0)
+    sort_buckets(buckets, math.prod(factors), 65, padding, tile_counts)
+    sort_buckets(buckets.long(), 64, 65, padding)
+
+
 TRAX = {"span": "chunk", "within_bucket": False, "dedupe": False, "wrap": True}
 
 # what to call, on CPU tensors, and how many bytes one program has to fetch by 128-bit loads
@@ -72,12 +84,18 @@ LAUNCHES = {
         4 * 4096,
     ),
     "attention_fwd-fp32-D64": (lambda: attention_fwd(dtype=torch.float32), 4 * 4096),
+    "hash_sort-bf16-D64": (lambda: hash_sort(), 256 * 128),
+    "hash_sort-fp16-D64-one-pass-masked": (lambda: hash_sort(dtype=torch.float16, factors=(128,), mask=True), 256 * 128),
+    "hash_sort-fp16-D128-many-columns": (lambda: hash_sort(4096, 128, torch.float16, (128, 256)), 128 * 256),
+    "hash_sort-bf16-D96-masked": (lambda: hash_sort(100, 96, mask=True), 128 * 192),
+    "hash_sort-fp32-D64-masked": (lambda: hash_sort(dtype=torch.float32, mask=True), 64 * 256),
 }
 
 # the same call at any length
 AT_LENGTH = {
     "combine_rounds": lambda length: combine_rounds(length, 4, 64, torch.bfloat16),
     "attention_fwd": attention_fwd,
+    "hash_sort": hash_sort,
 }
 
 
@@ -96,8 +114,15 @@ def test_compile_without_spills_and_with_wide_loads(launch, target):
 def test_compile_multiplies_16_bit_tiles_on_tensor_cores(target):
     for launch, kernels in compiled(target).items():
         for kernel in kernels:
-            if "fp32" not in launch and kernel["name"] == "_attention_fwd_kernel":
+            if "fp32" not in launch and kernel["name"] in ("_attention_fwd_kernel", "_hashing_fwd_kernel"):
                 assert kernel["tensor_ops"] > 0, f"{launch}: {kernel}"
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
+def test_compile_keeps_fp32_out_of_tf32(target):
+    """Where the mask of a load comes from bytes, Triton 3.7 has overruled input_precision="ieee" on sm_100."""
+    fp32 = [kernel for launch, kernels in compiled(target).items() if "fp32" in launch for kernel in kernels]
+    assert fp32 and not any(kernel["tensor_ops"] for kernel in fp32)
 
 
 @pytest.mark.parametrize("launcher", AT_LENGTH)

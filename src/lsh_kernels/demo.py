@@ -51,6 +51,9 @@ def main(argv=None) -> int:
     """
     options = _parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
+    # read by OpenMP in the child processes: where other programs run too, threads that spin while they wait made steps of
+    # one second last ten
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     results = {
         "machine": machine(),
         "options": {"length": options.length, "steps": options.steps, "layers": options.layers, "seed": options.seed},

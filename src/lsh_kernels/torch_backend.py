@@ -444,10 +444,10 @@ class _Entries:
         fill = x[-1:].expand(self.tail) if repeat_last else x.new_zeros(self.tail)
         return torch.cat((x, fill)).view(self.n_tiles, _TILE)
 
-    def k_side(self, x: Tensor, dtype: torch.dtype | None = None, value: int = 0) -> Tensor:
-        """Per key slot, with room on both sides for the first and the last window."""
+    def k_side(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Per key slot, with room on both sides for the first and the last window; there the entry at the end is repeated."""
         x = x.flatten().to(dtype or x.dtype)
-        return F.pad(x, (self.left, self.right + self.tail), value=value) if self.static else x
+        return torch.cat((x[:1].expand(self.left), x, x[-1:].expand(self.right + self.tail))) if self.static else x
 
     def blocks(self) -> Iterator[_Block]:
         size = max(1, _BLOCK_PAIRS // (_TILE * self.width))
@@ -553,7 +553,7 @@ class _Exclusions:
             self.q_pos, self.k_pos = entries.q_side(walk.q_pos, dtype), entries.k_side(walk.k_pos, dtype)
         self.padding = None
         if padding is not None and walk.meets_padding:
-            self.padding = entries.k_side(padding[walk.k_pos], dtype, value=1)
+            self.padding = entries.k_side(padding[walk.k_pos], dtype)
 
     def of(self, block: _Block) -> Tensor:
         """[G, M, N], entries >= 1 where the pair is excluded."""
@@ -673,7 +673,7 @@ class _Logits:
             self.inverse_norm = entries.k_side(heads.inverse_norm.gather(1, walk.k_pos))
         self.padding = None
         if heads.padding is not None:
-            self.padding = entries.k_side(heads.padding[walk.k_pos], value=1)
+            self.padding = entries.k_side(heads.padding[walk.k_pos])
             if self.tensors.shared:
                 self.q_padding = entries.q_side(heads.padding[walk.q_pos], repeat_last=True)
         if self.tensors.options.dropout_p:
