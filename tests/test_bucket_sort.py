@@ -51,6 +51,12 @@ def test_bucket_sort_is_the_references(L, n_buckets, has_padding, device, guard_
     guard_zones()
 
 
+@pytest.mark.parametrize("n_buckets", [256, 32_768])
+def test_bucket_sort_carries_offsets_over_many_tiles(n_buckets, device):
+    """More tiles than the scan takes at once."""
+    assert_sorts(torch.randint(n_buckets, (1, 1, 1, 2500), device=device), n_buckets, random_mask(1, 2500, device))
+
+
 @pytest.mark.parametrize("n_buckets", [64, 4096])
 def test_bucket_sort_keeps_batch_heads_and_rounds_apart(n_buckets, device, guard_zones):
     buckets = torch.randint(n_buckets, (2, 3, 2, 300), device=device, dtype=torch.int32)

@@ -47,14 +47,13 @@ def _diagnose(device, name):
     from lsh_kernels import functional
 
     out, lse = torch.ones(1, 1, 2, 8, 16, device=device), torch.zeros(1, 1, 2, 8, device=device)
-    stages = ("lsh_attention", "local_attention", "combine_rounds")
-    picks = ", ".join(f"{functional._check_backend('auto', out, stage)} for {stage}" for stage in stages)
+    pick = functional.choose_backend("auto", out)
     try:
         functional.combine_rounds(out, lse, backend="triton")
         answer = "runs"
     except Exception as error:
         answer = str(error) or repr(error)
-    print(f"\n{device} ({name})\n  auto      {picks}\n  triton    {answer}")
+    print(f"\n{device} ({name})\n  auto      {pick}\n  triton    {answer}")
 
 
 def _version_of(package):

@@ -65,7 +65,7 @@ def lsh_attention(
 
     Raises:
         TypeError, ValueError: before anything is computed, naming the argument, what came and what was wanted.
-        NotImplementedError, RuntimeError: `backend` can't run, and why.
+        RuntimeError: `backend` can't run, and why.
 
     Example:
         >>> import torch
@@ -105,7 +105,7 @@ def lsh_attention(
         buckets, (B, H, config.n_hashes, L), None if shared else (B, Hkv, config.n_hashes, S), query.device
     )
     _check_generator(generator)
-    _check_backend(backend, query, "lsh_attention")
+    backend = choose_backend(backend, query)
     if rotations is not None:
         _check_rotations(rotations, query, Hkv, config.n_hashes, factors)
     elif buckets is None:
@@ -128,7 +128,7 @@ def lsh_attention(
         scale=scale,
     )
     seed = _draw_seed(dropout_p, generator, query.device)
-    out, lse = ops.attention(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, options)
+    out, lse = ops.attention(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, options, backend)
     return (out, lse) if return_lse else out
 
 
@@ -165,7 +165,7 @@ def local_attention(
         out [B, H, L, Dv], with `return_lse` also lse [B, H, L]. A query that sees only padding gets 0 and -inf.
 
     Raises:
-        TypeError, ValueError, NotImplementedError, RuntimeError: as `lsh_attention`.
+        TypeError, ValueError, RuntimeError: as `lsh_attention`.
 
     Source: the local layers of Kitaev et al. 2020 (as in trax); windows as in Beltagy et al. 2020 (arXiv 2004.05150).
     """
@@ -193,7 +193,7 @@ def local_attention(
         raise ValueError("wrap: got True with a window, wanted chunk_length (only chunks can form a cycle)")
     dropout_p, scale = _check_numbers(dropout_p, scale, query.shape[-1] ** -0.5)
     _check_generator(generator)
-    _check_backend(backend, query, "local_attention")
+    backend = choose_backend(backend, query)
     options = AttentionOptions(
         factors=[1],
         hashed=False,
@@ -212,7 +212,7 @@ def local_attention(
         scale=scale,
     )
     seed = _draw_seed(dropout_p, generator, query.device)
-    out, lse = ops.attention(query, key, value, key_padding_mask, seed, None, None, None, options)
+    out, lse = ops.attention(query, key, value, key_padding_mask, seed, None, None, None, options, backend)
     return (out, lse) if return_lse else out
 
 
@@ -263,9 +263,7 @@ def lsh_hash(x: Tensor, rotations: Tensor, n_buckets: int | tuple[int, ...]) -> 
     else:
         heads = x.shape[1]
     _check_rotations(rotations, x, heads, n_hashes, factors)
-    if heads not in (1, x.shape[1]):
-        rotations = rotations.repeat_interleave(x.shape[1] // heads, 0)
-    return torch.ops.lsh_kernels.lsh_hash(x.detach(), rotations.detach(), list(factors))
+    return torch.ops.lsh_kernels.lsh_hash(x.detach(), rotations.detach(), list(factors), choose_backend("auto", x))
 
 
 def bucket_sort(buckets: Tensor, n_buckets: int | tuple[int, ...], key_padding_mask: Tensor | None = None) -> Tensor:
@@ -281,7 +279,7 @@ def bucket_sort(buckets: Tensor, n_buckets: int | tuple[int, ...], key_padding_m
         raise ValueError(f"buckets: got shape {tuple(buckets.shape)}, wanted [B, H, R, L]")
     _check_integer("buckets", buckets)
     _check_padding(key_padding_mask, buckets.shape[0], buckets.shape[-1], buckets.device)
-    return torch.ops.lsh_kernels.bucket_sort(buckets, n_buckets, key_padding_mask)
+    return torch.ops.lsh_kernels.bucket_sort(buckets, n_buckets, key_padding_mask, choose_backend("auto", buckets))
 
 
 def combine_rounds(out: Tensor, lse: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -306,13 +304,10 @@ def combine_rounds(out: Tensor, lse: Tensor, *, backend: str = "auto") -> tuple[
     wanted = torch.float64 if out.dtype == torch.float64 else torch.float32
     if lse.dtype != wanted or lse.device != out.device:
         raise ValueError(f"lse: got {lse.dtype} on {lse.device}, wanted {wanted} on {out.device}")
-    return torch.ops.lsh_kernels.combine_rounds(out, lse, _check_backend(backend, out, "combine_rounds"))
+    return torch.ops.lsh_kernels.combine_rounds(out, lse, choose_backend(backend, out))
 
 
 # --------------------------------------------------------------------------------------------------------------- backends
-_TRITON_STAGES = ("combine_rounds",)
-
-
 def triton_problem(tensor: Tensor | None = None) -> str | None:
     """Why the Triton backend can't run (on `tensor`), or None if it can."""
     if importlib.util.find_spec("triton") is None:
@@ -329,18 +324,16 @@ def triton_problem(tensor: Tensor | None = None) -> str | None:
     return None
 
 
-def _check_backend(backend: str, tensor: Tensor, stage: str) -> str:
-    """The backend that will run a stage on `tensor`: "torch" or "triton"."""
+def choose_backend(backend: str, tensor: Tensor) -> str:
+    """The backend that will run on `tensor`: "torch" or "triton"."""
     if backend not in _BACKENDS:
         raise ValueError(f"backend: got {backend!r}, wanted one of {', '.join(map(repr, _BACKENDS))}")
     if backend == "triton":
-        if stage not in _TRITON_STAGES:
-            raise NotImplementedError(f'backend: got "triton", but {stage} has no Triton kernels yet; wanted "auto" or "torch"')
         problem = triton_problem(tensor)
         if problem:
             raise RuntimeError(f'backend: "triton" can\'t run: {problem}')
         return "triton"
-    if backend == "auto" and tensor.is_cuda and stage in _TRITON_STAGES and triton_problem(tensor) is None:
+    if backend == "auto" and tensor.is_cuda and triton_problem(tensor) is None:
         return "triton"
     return "torch"
 

@@ -22,15 +22,15 @@ _ROUNDS = ("q_order", "q_stretched", "k_order", "k_stretched")
 
 _library = torch.library.Library("lsh_kernels", "DEF")
 _library.define(
-    f"attention_forward({_INPUTS}, Tensor? rotations, Tensor? q_buckets, Tensor? k_buckets, {_OPTIONS}) "
-    f"-> (Tensor out, Tensor lse, {', '.join(f'Tensor {name}' for name in _ROUNDS)})"
+    f"attention_forward({_INPUTS}, Tensor? rotations, Tensor? q_buckets, Tensor? k_buckets, {_OPTIONS}, "
+    f"str backend) -> (Tensor out, Tensor lse, {', '.join(f'Tensor {name}' for name in _ROUNDS)})"
 )
 _library.define(
     f"attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, "
     f"{', '.join(f'Tensor {name}' for name in _ROUNDS)}, {_OPTIONS}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
 )
-_library.define("lsh_hash(Tensor x, Tensor rotations, int[] factors) -> Tensor")
-_library.define("bucket_sort(Tensor buckets, int n_buckets, Tensor? key_padding_mask) -> Tensor")
+_library.define("lsh_hash(Tensor x, Tensor rotations, int[] factors, str backend) -> Tensor")
+_library.define("bucket_sort(Tensor buckets, int n_buckets, Tensor? key_padding_mask, str backend) -> Tensor")
 _library.define("combine_rounds(Tensor out, Tensor lse, str backend) -> (Tensor, Tensor)")
 
 
@@ -59,29 +59,25 @@ def attention(
     q_buckets: Tensor | None,
     k_buckets: Tensor | None,
     options: AttentionOptions,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The whole forward as one op, with autograd: out [B,H,L,Dv], lse [B,H,L]."""
     inputs = (query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets)
-    out, lse, *_ = torch.ops.lsh_kernels.attention_forward(*inputs, *options)
+    out, lse, *_ = torch.ops.lsh_kernels.attention_forward(*inputs, *options, backend)
     return out, lse
 
 
 @_implement("attention_forward")
 def _attention_forward(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, *options):
-    options = AttentionOptions(*options)
-    H, Hkv = query.shape[1], value.shape[1]
-    if not options.hashed:
-        none = query.new_empty((*query.shape[:2], 0, query.shape[2]), dtype=torch.int32)
-        state = SortedRounds(none, none.clone(), None, None)
+    *options, backend = options
+    # nothing to launch for an empty batch
+    if backend == "triton" and query.shape[0]:
+        from .csrc_triton.pipeline import attention_forward
     else:
-        if rotations is not None:
-            if key is not None:
-                k_buckets = torch_backend.lsh_hash(key, rotations, options.factors)
-            if rotations.shape[0] not in (1, H):
-                rotations = rotations.repeat_interleave(H // Hkv, 0)
-            q_buckets = torch_backend.lsh_hash(query, rotations, options.factors)
-        state = torch_backend.sort_rounds(q_buckets, k_buckets, key_padding_mask, options, value.shape[2])
-    out, lse = torch_backend.attention_fwd(query, key, value, key_padding_mask, seed, state, options)
+        from .torch_backend import attention_forward
+    out, lse, state = attention_forward(
+        query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, AttentionOptions(*options)
+    )
     empty = query.new_empty(0, dtype=torch.int32)
     k_rounds = (empty, empty.clone()) if state.k_order is None else (state.k_order, state.k_stretched)
     return out, lse, state.q_order, state.q_stretched, *k_rounds
@@ -89,7 +85,7 @@ def _attention_forward(query, key, value, key_padding_mask, seed, rotations, q_b
 
 @torch.library.register_fake("lsh_kernels::attention_forward", lib=_library)
 def _(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, *options):
-    options = AttentionOptions(*options)
+    options = AttentionOptions(*options[:-1])
     B, H, L, _ = query.shape
     if rotations is not None:
         n_hashes = rotations.shape[2]
@@ -136,14 +132,14 @@ def _(dout, dlse, query, key, value, *_):
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, key_padding_mask, seed, _, _, _, *ctx.options = inputs
+    query, key, value, key_padding_mask, seed, _, _, _, *ctx.options, _ = inputs
     ctx.save_for_backward(query, key, value, key_padding_mask, seed, *output)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dout, dlse, *_):
     query, key, value, key_padding_mask, seed, out, lse, *rounds = ctx.saved_tensors
-    n_inputs = 8 + len(ctx.options)
+    n_inputs = 9 + len(ctx.options)
     if dout is None and dlse is None:
         return (None,) * n_inputs
     if dout is None:
@@ -158,29 +154,37 @@ torch.library.register_autograd("lsh_kernels::attention_forward", _differentiate
 
 
 @_implement("lsh_hash")
-def _lsh_hash(x, rotations, factors):
-    return torch_backend.lsh_hash(x, rotations, factors)
+def _lsh_hash(x, rotations, factors, backend):
+    if backend == "triton" and x.shape[0]:
+        from .csrc_triton.hashing import lsh_hash
+    else:
+        from .torch_backend import lsh_hash
+    return lsh_hash(x, rotations, factors)
 
 
 @torch.library.register_fake("lsh_kernels::lsh_hash", lib=_library)
-def _(x, rotations, factors):
+def _(x, rotations, factors, backend):
     B, H, L, _ = x.shape
     return x.new_empty((B, H, rotations.shape[2], L), dtype=torch.int32)
 
 
 @_implement("bucket_sort")
-def _bucket_sort(buckets, n_buckets, key_padding_mask):
-    return torch_backend.bucket_sort(buckets, n_buckets, key_padding_mask)
+def _bucket_sort(buckets, n_buckets, key_padding_mask, backend):
+    if backend == "triton" and buckets.shape[0]:
+        from .csrc_triton.bucket_sort import bucket_sort
+    else:
+        from .torch_backend import bucket_sort
+    return bucket_sort(buckets, n_buckets, key_padding_mask)
 
 
 @torch.library.register_fake("lsh_kernels::bucket_sort", lib=_library)
-def _(buckets, n_buckets, key_padding_mask):
+def _(buckets, n_buckets, key_padding_mask, backend):
     return buckets.new_empty(buckets.shape, dtype=torch.int32)
 
 
 @_implement("combine_rounds")
 def _combine_rounds(out, lse, backend):
-    if backend == "triton":
+    if backend == "triton" and out.shape[0]:
         from .csrc_triton.combine_rounds import combine_rounds
     else:
         from .torch_backend import combine_rounds

@@ -40,9 +40,12 @@ _PHILOX_ROUNDS = 7
 
 # ---------------------------------------------------------------------------------------------------------------- hash, sort
 def lsh_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
-    """Angular LSH: `argmax([xR ; -xR])` per round and factor. x [B,H,L,D], rotations [H or 1,D,R,W_rot] -> int32 [B,H,R,L]."""
-    B, H, L, D = x.shape
-    n_rot_heads, _, R, width = rotations.shape
+    """Angular LSH: `argmax([xR ; -xR])` per round and factor, as int32 [B,H,R,L].
+
+    x [B,H,L,D], rotations [Hr,D,R,W_rot] with H % Hr = 0.
+    """
+    B, H, L, _ = x.shape
+    n_rot_heads, D, R, width = rotations.shape
     dtype = _compute_dtype(x.dtype)
     # columns first: every reduction below runs over whole vectors of positions
     rot = rotations.to(dtype).permute(0, 2, 3, 1).reshape(n_rot_heads, R * width, D)
@@ -50,7 +53,7 @@ def lsh_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
     heads = max(1, 1024 // L)
     for first in range(0, B * H, heads):
         block = torch.arange(first, min(first + heads, B * H), device=x.device)
-        rot_block = rot if n_rot_heads == 1 else rot[block % H]
+        rot_block = rot if n_rot_heads == 1 else rot[block % H // (H // n_rot_heads)]
         for start in range(0, L, 1024):
             rows = x[block // H, block % H, start : start + 1024] if B * H > 1 else x[0, :, start : start + 1024]
             y = torch.matmul(rot_block, rows.to(dtype).transpose(1, 2)).view(len(block), R, width, -1)
@@ -726,6 +729,29 @@ class _Logits:
         batch = torch.full_like(head, self.heads.b)
         keep = dropout_keep(self.tensors.seed, batch, head, q_pos, block.window(self.k_pos).unsqueeze(1), p)
         return keep.to(self.dtype) * _dropout_scale(p)
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    rotations: Tensor | None,
+    q_buckets: Tensor | None,
+    k_buckets: Tensor | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, SortedRounds]:
+    """The whole forward: hash (or take the buckets given), sort, attend, combine."""
+    if not options.hashed:
+        none = query.new_empty((*query.shape[:2], 0, query.shape[2]), dtype=torch.int32)
+        state = SortedRounds(none, none.clone(), None, None)
+    else:
+        if rotations is not None:
+            q_buckets = lsh_hash(query, rotations, options.factors)
+            k_buckets = None if key is None else lsh_hash(key, rotations, options.factors)
+        state = sort_rounds(q_buckets, k_buckets, key_padding_mask, options, value.shape[2])
+    return *attention_fwd(query, key, value, key_padding_mask, seed, state, options), state
 
 
 def attention_fwd(

@@ -1,0 +1,82 @@
+"""backend="triton" through the public API: the whole forward interpreted, its op, and backward from its saved state."""
+
+import pytest
+import torch
+
+from lsh_kernels import LSHConfig, bucket_sort, local_attention, lsh_attention, lsh_hash, random_rotations, reference
+
+B, H, L, D = 1, 2, 70, 16
+CONFIGS = {
+    "window": LSHConfig(n_hashes=2, n_buckets=4, local_window=3),
+    "factored buckets": LSHConfig(n_hashes=2, n_buckets=(4, 6), span="bucket"),
+    "paper": LSHConfig.paper(n_hashes=2, n_buckets=4, chunk_length=16),
+    "trax": LSHConfig.trax(n_hashes=2, n_buckets=4, chunk_length=16),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shared, padded", [(True, False), (True, True), (False, True)])
+def test_backends_agree_on_outputs_and_gradients(name, shared, padded, device):
+    config, kv_heads = CONFIGS[name], H if shared else 1
+    query, value = torch.randn(B, L, H, D, device=device).transpose(1, 2), torch.randn(B, kv_heads, L, 24, device=device)
+    key = None if shared else torch.randn(B, kv_heads, L, D, device=device)
+    mask = torch.rand(B, L, device=device) < 0.2 if padded else None
+    rotations = random_rotations(D, config.n_buckets, 2, n_heads=kv_heads, device=device)
+    inputs = [x.requires_grad_() for x in (query, key, value) if x is not None]
+    dout = torch.randn(B, H, L, 24, device=device)
+
+    def run(backend):
+        arguments = {"config": config, "is_causal": True, "key_padding_mask": mask, "rotations": rotations}
+        out, lse = lsh_attention(query, key, value, **arguments, return_lse=True, backend=backend)
+        return out, lse.nan_to_num(neginf=0), *torch.autograd.grad((out * dout).sum(), inputs)
+
+    for triton, twin in zip(run("triton"), run("torch")):
+        torch.testing.assert_close(triton, twin, rtol=1e-4, atol=1e-4)
+
+
+def test_triton_local_attention_agrees_with_the_oracle(device):
+    query, key, value = torch.randn(3, B, H, L, D, device=device)
+    out, lse = local_attention(query, key, value, window=5, return_lse=True, backend="triton")
+    true_out, true_lse = reference.local_attention(query, key, value, window=5)
+    torch.testing.assert_close(out.double(), true_out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_triton_draws_the_same_dropout(device):
+    qk, v = torch.randn(2, B, H, L, D, device=device)
+    buckets = torch.randint(0, 4, (B, H, 2, L), device=device)
+    outs = []
+    for backend in ("triton", "torch"):
+        generator = torch.Generator(device).manual_seed(1)
+        arguments = {"config": CONFIGS["window"], "buckets": buckets, "dropout_p": 0.4, "generator": generator}
+        outs.append(lsh_attention(qk, None, v, **arguments, backend=backend))
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+
+
+def test_triton_takes_an_empty_batch_and_refuses_float64(device):
+    qk = torch.randn(0, H, L, D, device=device)
+    assert lsh_attention(qk, None, qk, backend="triton").shape == qk.shape
+    double = torch.randn(B, H, L, D, device=device, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="float64"):
+        lsh_attention(double, None, double, backend="triton")
+
+
+def test_ops_pass_opcheck():
+    query, value = (torch.randn(1, 2, 70, 8, requires_grad=True) for _ in range(2))
+    rotations = random_rotations(8, 4, 2, n_heads=2)
+    options = ([4], True, "window", 9, 16, 1, 0, True, True, False, 3, 0.0, True, 0.0, 1.0, "torch")
+    torch.library.opcheck(
+        torch.ops.lsh_kernels.attention_forward.default, (query, None, value, None, None, rotations, None, None, *options)
+    )
+    key = torch.randn(1, 2, 70, 8, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.lsh_kernels.attention_forward.default, (query, key, value, None, None, rotations, None, None, *options)
+    )
+
+
+def test_stages_agree_with_the_oracle():
+    x, rotations = torch.randn(B, H, L, D), random_rotations(D, (4, 6), 3, n_heads=2)
+    buckets = lsh_hash(x, rotations, (4, 6))
+    assert torch.equal(buckets, reference.lsh_hash(x, rotations, (4, 6)))
+    mask = torch.rand(B, L) < 0.3
+    assert torch.equal(bucket_sort(buckets, (4, 6), mask), reference.bucket_sort(buckets, 24, mask))
