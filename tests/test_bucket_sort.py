@@ -1,11 +1,9 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import TensorHandle
 
 from lsh_kernels import reference, torch_backend
 from lsh_kernels.config import AttentionOptions
@@ -13,17 +11,6 @@ from lsh_kernels.csrc_triton.bucket_sort import bucket_sort, sort_buckets
 from lsh_kernels.csrc_triton.hashing import hash_rows
 
 library_sort = tl.sort
-
-
-@pytest.fixture(autouse=True)
-def numpy_sort(monkeypatch):
-    """Under the interpreter tl.sort takes 0.1 s per tile. NumPy sorts as well; one test goes without."""
-
-    def sort(keys):
-        return tl.tensor(TensorHandle(np.sort(keys.handle.data), keys.dtype), keys.type)
-
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(tl, "sort", sort)
 
 
 def assert_sorts(buckets, n_buckets, mask=None, stretch=65):
