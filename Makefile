@@ -24,7 +24,7 @@ format: install  ## ruff: fix and format in place
 	$(BIN)/ruff format .
 
 test: install  ## all tests that need no GPU (Triton's interpreter where there is none)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

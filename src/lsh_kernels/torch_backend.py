@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,13 +30,17 @@ _EXCLUDE = 1e30
 # logits are in base 2: exp2 takes half the time of exp on a CPU, and a twentieth where it underflows
 _LOG2E = math.log2(math.e)
 _TILE = 64
+# narrow windows waste fewer pairs in narrow tiles: (tile + W) keys are met for W wanted
+_NARROW_TILE, _NARROW_WINDOW = 32, 128
 # (query, key) pairs of a block: logits and probabilities of one block stay in a core's L2 cache
-_BLOCK_PAIRS = 2**18
+_BLOCK_PAIRS = 2**19
 # keys per step where the key range of a tile depends on the data
 _DYNAMIC_WINDOW = 128
 # slots of the heads that are walked together; they belong to one batch element, so that no sample can touch another
 _HEAD_BLOCK_SLOTS = 2**14
 _PHILOX_ROUNDS = 7
+# rows that are projected at a time
+_HASH_BLOCK = 4096
 
 
 # ---------------------------------------------------------------------------------------------------------------- hash, sort
@@ -50,14 +55,14 @@ def lsh_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
     # columns first: every reduction below runs over whole vectors of positions
     rot = rotations.to(dtype).permute(0, 2, 3, 1).reshape(n_rot_heads, R * width, D)
     buckets = torch.empty(B * H, R, L, dtype=torch.int32, device=x.device)
-    heads = max(1, 1024 // L)
+    heads = max(1, _HASH_BLOCK // L)
     for first in range(0, B * H, heads):
         block = torch.arange(first, min(first + heads, B * H), device=x.device)
         rot_block = rot if n_rot_heads == 1 else rot[block % H // (H // n_rot_heads)]
-        for start in range(0, L, 1024):
-            rows = x[block // H, block % H, start : start + 1024] if B * H > 1 else x[0, :, start : start + 1024]
+        for start in range(0, L, _HASH_BLOCK):
+            rows = x[block // H, block % H, start : start + _HASH_BLOCK] if B * H > 1 else x[0, :, start : start + _HASH_BLOCK]
             y = torch.matmul(rot_block, rows.to(dtype).transpose(1, 2)).view(len(block), R, width, -1)
-            buckets[first : first + len(block), :, start : start + 1024] = _argmax_of_signed(y, factors)
+            buckets[first : first + len(block), :, start : start + _HASH_BLOCK] = _argmax_of_signed(y, factors)
     return buckets.view(B, H, R, L)
 
 
@@ -245,7 +250,7 @@ class _Round:
     k_slot: Tensor  # [n, S]
     lo: Tensor  # [n, L]
     hi: Tensor  # [n, L]
-    reach: tuple[int, int] | None  # key slots that a tile needs before and after its own; None: depends on the data
+    reach: _Reach | None  # None: which keys a tile needs depends on the data
     by_slot: bool  # causality follows from slots; False: positions have to be compared
     meets_padding: bool  # intervals may hold padded keys
 
@@ -318,21 +323,28 @@ def _span_interval(o: AttentionOptions, slot: Tensor, end: Tensor, first: Tensor
     return first, last
 
 
-def _reach(o: AttentionOptions, n: int, L: int, ordered: bool, *offsets: int) -> tuple[int, int] | None:
-    """How far before its first and after its last slot a tile of queries sees keys, for all tiles of n axes of L slots.
+class _Reach(NamedTuple):
+    """Tiles of `tile` query slots need the key slots from `left` before their first to `right` after their last."""
 
-    `ordered`: a causal query sees no slot after its own.
-    """
+    left: int
+    right: int
+    tile: int
+
+
+def _reach(o: AttentionOptions, n: int, L: int, ordered: bool, *offsets: int) -> _Reach | None:
+    """The reach that serves all tiles of n axes of L slots. `ordered`: a causal query sees no slot after its own."""
+    tile = _TILE
     if o.span == "window":
         left = right = o.window
+        tile = _NARROW_TILE if o.window <= _NARROW_WINDOW else _TILE
     elif o.span == "chunk":
         # chunks start on multiples of `grid`, so a tile starts at most C - grid slots into a chunk
-        grid = math.gcd(_TILE, o.chunk_length, L if n > 1 else 0, *offsets)
+        grid = math.gcd(tile, o.chunk_length, L if n > 1 else 0, *offsets)
         slack = o.chunk_length - grid
         left, right = o.chunks_before * o.chunk_length + slack, o.chunks_after * o.chunk_length + slack
     else:
         return None
-    return min(left, L), 0 if o.is_causal and ordered else min(right, L)
+    return _Reach(min(left, L), 0 if o.is_causal and ordered else min(right, L), tile)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- walk
@@ -344,7 +356,7 @@ class _Walk:
     k_pos: Tensor  # [n, slots] of keys
     lo: Tensor  # [n, slots], on the axis of all n heads
     hi: Tensor  # [n, slots]
-    reach: tuple[int, int] | None
+    reach: _Reach | None
     by_slot: bool
     meets_padding: bool
     q_places: list[Tensor]  # per round [n, L]: position -> slot on the axis of all n heads
@@ -415,17 +427,17 @@ def _cyclic_walk(rounds: list[_Round], o: AttentionOptions) -> _Walk:
 
 
 class _Entries:
-    """A walk cut into blocks of entries, each a tile of _TILE query slots against a window of key slots."""
+    """A walk cut into blocks of entries, each a tile of query slots against a window of key slots."""
 
     def __init__(self, walk: _Walk, buffers: _Buffers):
         self.walk, self.buffers = walk, buffers
         self.device = walk.lo.device
         n_slots = walk.lo.numel()
-        self.n_tiles = -(-n_slots // _TILE)
-        self.tail = self.n_tiles * _TILE - n_slots
         self.static = walk.reach is not None
-        self.left, self.right = walk.reach or (0, 0)
-        self.width = _TILE + self.left + self.right if self.static else _DYNAMIC_WINDOW
+        self.left, self.right, self.tile = walk.reach or (0, 0, _TILE)
+        self.n_tiles = -(-n_slots // self.tile)
+        self.tail = self.n_tiles * self.tile - n_slots
+        self.width = self.tile + self.left + self.right if self.static else _DYNAMIC_WINDOW
         # without keys ahead, a tile is the first to reach the key slots of its own queries
         self.writes_own_keys_first = self.static and self.right == 0
         # masks are worked out in the narrowest integers that hold doubled slots and positions
@@ -433,7 +445,7 @@ class _Entries:
         self.int_dtype = torch.int16 if 2 * largest < 2**15 else torch.int32
         self.lo, self.hi = self.q_side(walk.lo), self.q_side(walk.hi)
         if self.static:
-            self.starts = torch.arange(self.n_tiles, device=self.device) * _TILE - self.left
+            self.starts = torch.arange(self.n_tiles, device=self.device) * self.tile - self.left
             self.relative = self.relative_interval(slice(None), self.starts)
 
     def relative_interval(self, tiles: slice | Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -442,10 +454,10 @@ class _Entries:
         return lo + hi - 1, hi - lo - 1
 
     def q_side(self, x: Tensor, dtype: torch.dtype | None = None, repeat_last: bool = False) -> Tensor:
-        """Per query slot [n, slots] -> per tile [n_tiles, _TILE]; the last tile is filled up with 0 or the last entry."""
+        """Per query slot [n, slots] -> per tile [n_tiles, tile]; the last tile is filled up with 0 or the last entry."""
         x = x.flatten().to(dtype or x.dtype)
         fill = x[-1:].expand(self.tail) if repeat_last else x.new_zeros(self.tail)
-        return torch.cat((x, fill)).view(self.n_tiles, _TILE)
+        return torch.cat((x, fill)).view(self.n_tiles, self.tile)
 
     def k_side(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Per key slot, with room on both sides for the first and the last window; there the entry at the end is repeated."""
@@ -453,7 +465,7 @@ class _Entries:
         return torch.cat((x[:1].expand(self.left), x, x[-1:].expand(self.right + self.tail))) if self.static else x
 
     def blocks(self) -> Iterator[_Block]:
-        size = max(1, _BLOCK_PAIRS // (_TILE * self.width))
+        size = max(1, _BLOCK_PAIRS // (self.tile * self.width))
         if self.static:
             for first in range(0, self.n_tiles, size):
                 tiles = slice(first, min(first + size, self.n_tiles))
@@ -472,9 +484,9 @@ class _Block:
 
     def __init__(self, entries: _Entries, tiles: slice | Tensor, starts: Tensor):
         self.entries, self.tiles, self.starts = entries, tiles, starts
-        self.shape = (len(starts), _TILE, entries.width)
+        self.shape = (len(starts), entries.tile, entries.width)
         if entries.static:
-            self.keys = slice(tiles.start * _TILE, tiles.stop * _TILE + entries.left + entries.right)
+            self.keys = slice(tiles.start * entries.tile, tiles.stop * entries.tile + entries.left + entries.right)
         else:
             last = entries.walk.k_pos.numel() - 1
             self.keys = (starts[:, None] + torch.arange(entries.width, device=starts.device)).clamp_(max=last)
@@ -482,7 +494,7 @@ class _Block:
     def window(self, x: Tensor) -> Tensor:
         """Per key slot [..] -> per entry [G, N]; overlapping views where the windows are a fixed grid."""
         x = x[self.keys]
-        return x.as_strided(self.shape[::2], (_TILE, 1)) if self.entries.static else x
+        return x.as_strided(self.shape[::2], (self.entries.tile, 1)) if self.entries.static else x
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
         return self.entries.buffers(name, shape, dtype)
@@ -494,9 +506,9 @@ class _Block:
 
     def key_windows(self, x: Tensor) -> Tensor:
         """Key rows as [G, N, D]."""
-        G, _, N = self.shape
+        G, M, N = self.shape
         D = x.shape[-1]
-        return x.as_strided((G, N, D), (_TILE * D, D, 1)) if self.entries.static else x
+        return x.as_strided((G, N, D), (M * D, D, 1)) if self.entries.static else x
 
     def query_rows(self, name: str, rows: _Rows, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Gather the rows of the block's queries: [G, M, D]."""
@@ -505,7 +517,8 @@ class _Block:
 
     def own_rows(self, x: Tensor) -> Tensor:
         """Of the key rows of a fixed grid, those in the slots of the queries: [G, M, D]."""
-        return x[self.entries.left :][: self.shape[0] * _TILE].view(self.shape[0], _TILE, -1)
+        G, M, _ = self.shape
+        return x[self.entries.left :][: G * M].view(G, M, -1)
 
     def add_to_keys(self, axis: Tensor, weights: Tensor, rows: Tensor) -> None:
         """axis += weights^T rows on the key axis (k_side layout), for weights [G,M,N], rows [G,M,D]; in a fixed order."""
@@ -716,9 +729,9 @@ class _Logits:
     def of(self, block: _Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Masked logits [G,M,N] times log2(e), and a second buffer of their shape."""
         logits, other = (block.buffer(name, *block.shape, dtype=self.dtype) for name in ("logits", "other"))
-        torch.baddbmm(logits, q, k.transpose(1, 2), beta=0, alpha=self.tensors.options.scale * _LOG2E, out=logits)
-        other.copy_(self.exclusions.of(block))
-        return logits.add_(other, alpha=-_EXCLUDE), other
+        logits.copy_(self.exclusions.of(block))
+        torch.baddbmm(logits, q, k.transpose(1, 2), beta=-_EXCLUDE, alpha=self.tensors.options.scale * _LOG2E, out=logits)
+        return logits, other
 
     def keep(self, block: _Block) -> Tensor | None:
         """Dropout factors [G,M,N]."""
@@ -773,20 +786,21 @@ def attention_fwd(
     buffers = _Buffers(query.device)
     for heads in tensors.head_blocks():
         logits_of = [_Logits(heads, walk, buffers, rows) for walk in heads.walks]
-        first_tile = np.cumsum([0] + [x.entries.n_tiles for x in logits_of]).tolist()
-        part_out = buffers("part_out", (first_tile[-1], _TILE, Dv), dtype)
-        part_top, part_sum = (buffers(name, (first_tile[-1], _TILE), dtype) for name in ("part_top", "part_sum"))
-        for r, source in enumerate(logits_of):
-            span = slice(first_tile[r], first_tile[r + 1])
-            _walk_fwd(source, part_out[span], part_top[span], part_sum[span])
+        first_slot = np.cumsum([0] + [x.entries.lo.numel() for x in logits_of]).tolist()
+        part_out = buffers("part_out", (first_slot[-1], Dv), dtype)
+        part_top, part_sum = (buffers(name, (first_slot[-1],), dtype) for name in ("part_top", "part_sum"))
+        for first, source in zip(first_slot, logits_of):
+            shape = source.entries.lo.shape
+            slots = slice(first, first + shape.numel())
+            _walk_fwd(source, part_out[slots].view(*shape, Dv), part_top[slots].view(shape), part_sum[slots].view(shape))
 
         places = torch.stack(
-            [place + first * _TILE for first, walk in zip(first_tile, heads.walks) for place in walk.q_places], -1
+            [place + first for first, walk in zip(first_slot, heads.walks) for place in walk.q_places], -1
         )  # [n, L, R]
-        weights, total = _weights(part_top.view(-1)[places], part_sum.view(-1)[places])
-        combined = F.embedding_bag(
-            places.flatten(0, 1), part_out.view(-1, Dv), per_sample_weights=weights.flatten(0, 1), mode="sum"
-        ).view(heads.n, L, Dv)
+        weights, total = _weights(part_top[places], part_sum[places])
+        combined = F.embedding_bag(places.flatten(0, 1), part_out, per_sample_weights=weights.flatten(0, 1), mode="sum").view(
+            heads.n, L, Dv
+        )
         if tensors.attends_self:
             alone = total == -math.inf
             if heads.padding is not None:
@@ -877,14 +891,14 @@ def attention_bwd(
         own_lse = lse[b, own].masked_fill(lse[b, own] == -math.inf, 0) * _LOG2E
 
         logits_of = [_Logits(heads, walk, buffers, rows) for walk in heads.walks]
-        first_q = np.cumsum([0] + [x.entries.n_tiles * _TILE for x in logits_of]).tolist()
+        first_q = np.cumsum([0] + [x.entries.lo.numel() for x in logits_of]).tolist()
         first_k = np.cumsum([0] + [len(x.v_index) for x in logits_of]).tolist()
         dq_axis = buffers("dq_axis", (first_q[-1], D), dtype)
         dk_axis = buffers("dk_axis", (first_k[-1], D), dtype)
         dv_axis = buffers("dv_axis", (first_k[-1], Dv), dtype)
         for r, source in enumerate(logits_of):
             q_span, k_span = slice(first_q[r], first_q[r + 1]), slice(first_k[r], first_k[r + 1])
-            _walk_bwd(source, own_lse, delta, dq_axis[q_span].view(-1, _TILE, D), dk_axis[k_span], dv_axis[k_span])
+            _walk_bwd(source, own_lse, delta, dq_axis[q_span].view(*source.entries.lo.shape, D), dk_axis[k_span], dv_axis[k_span])
 
         q_places = [place + first for first, walk in zip(first_q, heads.walks) for place in walk.q_places]
         k_places = [
