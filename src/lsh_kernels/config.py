@@ -30,7 +30,8 @@ class LSHConfig:
             `span="window"`.
         span: "window", "chunk" or "bucket": the interval of sorted key slots that a query sees.
             With "chunk" and causal attention chunk borders move with *future* tokens: the output at a position is then
-            not invariant to what comes after it. "window" and "bucket" are.
+            not invariant to what comes after it. "window" and "bucket" are. With "chunk" and *separate* keys padded
+            queries take part in the order, so that padding moves chunk borders too.
         chunks_before, chunks_after: chunks seen on either side of a query's own. Read by `span="chunk"`.
         within_bucket: only keys of the query's own bucket; always so for "window" and "bucket".
         dedupe: a pair found in several rounds counts once: one exact softmax over the union of the rounds.

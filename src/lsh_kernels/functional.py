@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .config import AttentionOptions, LSHConfig, bucket_factors
@@ -237,7 +238,9 @@ def random_rotations(
         if value < 1:
             raise ValueError(f"{name}: got {value}, wanted >= 1")
     _check_generator(generator)
-    return torch.randn(n_heads or 1, head_dim, n_hashes, sum(factors) // 2, generator=generator, device=device)
+    # the overload with a generator takes no symbolic sizes
+    source = {} if generator is None else {"generator": generator}
+    return torch.randn(n_heads or 1, head_dim, n_hashes, sum(factors) // 2, device=device, **source)
 
 
 def lsh_hash(x: Tensor, rotations: Tensor, n_buckets: int | tuple[int, ...]) -> Tensor:
@@ -275,8 +278,8 @@ def bucket_sort(buckets: Tensor, n_buckets: int | tuple[int, ...], key_padding_m
     n_buckets = math.prod(bucket_factors(n_buckets))
     if not isinstance(buckets, Tensor):
         raise TypeError(f"buckets: got {type(buckets).__name__}, wanted a tensor")
-    if buckets.dim() != 4:
-        raise ValueError(f"buckets: got shape {tuple(buckets.shape)}, wanted [B, H, R, L]")
+    if buckets.dim() != 4 or 0 in buckets.shape[1:]:
+        raise ValueError(f"buckets: got shape {tuple(buckets.shape)}, wanted [B, H, R, L], only B may be 0")
     _check_integer("buckets", buckets)
     _check_padding(key_padding_mask, buckets.shape[0], buckets.shape[-1], buckets.device)
     return torch.ops.lsh_kernels.bucket_sort(buckets, n_buckets, key_padding_mask, choose_backend("auto", buckets))
@@ -359,6 +362,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: 
 def _check_head_tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, wanted a tensor")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(f"{name}: got a dual tensor, wanted none (LSH attention has no forward-mode derivative)")
     if x.layout != torch.strided or x.is_nested:
         raise TypeError(f"{name}: got a nested or sparse tensor, wanted a dense one")
     if x.dim() != 4:

@@ -153,6 +153,16 @@ def _differentiate(ctx, dout, dlse, *_):
 torch.library.register_autograd("lsh_kernels::attention_forward", _differentiate, setup_context=_save_for_backward, lib=_library)
 
 
+def _refuse_gradient(op: str, why: str) -> None:
+    def refuse(ctx, *_):
+        raise NotImplementedError(f"lsh_kernels: {why}")
+
+    torch.library.register_autograd(f"lsh_kernels::{op}", refuse, lib=_library)
+
+
+_refuse_gradient("attention_backward", "LSH attention can't be differentiated twice")
+
+
 @_implement("lsh_hash")
 def _lsh_hash(x, rotations, factors, backend):
     if backend == "triton" and x.shape[0]:
@@ -195,3 +205,6 @@ def _combine_rounds(out, lse, backend):
 def _(out, lse, backend):
     B, H, R, L, Dv = out.shape
     return out.new_empty((B, H, L, Dv)), lse.new_empty((B, H, L))
+
+
+_refuse_gradient("combine_rounds", "combine_rounds has no gradient; train with lsh_attention")

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from .config import AttentionOptions
 
-# an excluded pair's logit is lowered by at least this much; far below any logit, far above -inf of float32
-_EXCLUDE = 1e30
+# what an excluded pair's logit is lowered by: near the end of float32, but finite
+_EXCLUDE = 1e38
 # logits are in base 2: exp2 takes half the time of exp on a CPU, and a twentieth where it underflows
 _LOG2E = math.log2(math.e)
 _TILE = 64
@@ -572,7 +572,7 @@ class _Exclusions:
             self.padding = entries.k_side(padding[walk.k_pos], dtype)
 
     def of(self, block: _Block) -> Tensor:
-        """[G, M, N], entries >= 1 where the pair is excluded."""
+        """[G, M, N], 1 where the pair is excluded, else 0."""
         entries, tiles = self.entries, block.tiles
         bad, test = (block.buffer(name, *block.shape, dtype=entries.int_dtype) for name in ("bad", "test"))
         if entries.static:
@@ -594,7 +594,7 @@ class _Exclusions:
             torch.maximum(bad, test, out=bad)
         if self.padding is not None:
             torch.maximum(bad, block.window(self.padding).unsqueeze(1), out=bad)
-        return bad.clamp_(min=0)
+        return bad.clamp_(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------ attention
@@ -949,7 +949,8 @@ def _walk_bwd(source: _Logits, lse: Tensor, delta: Tensor, dq_tiles: Tensor, dk_
         q, k, v = source.operands(block)
         dout = block.query_rows("dout", source.rows["dout"], dout_index, source.dtype)
         logits, dprobs = source.of(block, q, k)
-        probs = logits.sub_(lse[tiles].unsqueeze(-1)).exp2_()
+        # never above 1, however coarse the grid of huge logits is
+        probs = logits.sub_(lse[tiles].unsqueeze(-1)).clamp_(max=0).exp2_()
         keep = source.keep(block)
         torch.bmm(dout, v.transpose(1, 2), out=dprobs)
         dropped = probs
