@@ -8,7 +8,16 @@ import sys
 import pytest
 import torch
 
-from lsh_kernels import LSHConfig, local_attention, lsh_attention, lsh_hash, random_rotations, reference
+from lsh_kernels import (
+    LSHConfig,
+    bucket_sort,
+    combine_rounds,
+    local_attention,
+    lsh_attention,
+    lsh_hash,
+    random_rotations,
+    reference,
+)
 
 B, H, D, Dv, R = 2, 4, 8, 6, 3
 SPANS = {
@@ -154,29 +163,153 @@ def test_attention_gradients_pass_gradcheck_through_lse(shared, span):
     torch.autograd.gradcheck(attend, inputs)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("span", ["window", "bucket"])
-def test_attention_is_prefix_invariant(span):
-    config = LSHConfig(n_hashes=R, n_buckets=4, local_window=2, **SPANS[span])
-    query, value, rotations = make(1, H, 200, D), make(1, H, 200, Dv), random_rotations(D, 4, R, n_heads=H)
-    whole, part = (
-        lsh_attention(query[:, :, :n], None, value[:, :, :n], config=config, is_causal=True, rotations=rotations)
-        for n in (200, 83)
-    )
-    torch.testing.assert_close(whole[:, :, :83], part, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("shared", [True, False])
-def test_attention_of_a_row_does_not_depend_on_its_batch(shared):
-    config = LSHConfig(n_hashes=R, n_buckets=4, window=9)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_attention_is_prefix_invariant(span, shared, dropout_p, dtype, tolerance):
+    config = LSHConfig(n_hashes=R, n_buckets=4, local_window=2, **SPANS[span])
+    query, value = make(1, H, 200, D, dtype=dtype), make(1, H, 200, Dv, dtype=dtype)
+    key = None if shared else make(1, H, 200, D, dtype=dtype)
+    rotations = random_rotations(D, 4, R, n_heads=H)
+
+    def outputs(n):
+        rows = (None if x is None else x[:, :, :n] for x in (query, key, value))
+        generator = torch.Generator().manual_seed(1)
+        return lsh_attention(*rows, config=config, is_causal=True, rotations=rotations, dropout_p=dropout_p, generator=generator)
+
+    def candidates(n):
+        buckets = lsh_hash(query[:, :, :n], rotations, 4)
+        if not shared:
+            buckets = buckets, lsh_hash(key[:, :, :n], rotations, 4)
+        return reference.candidates(config, buckets, n, n, shared=shared, is_causal=True)
+
+    assert torch.equal(candidates(200)[:, :, :83, :83], candidates(83))
+    torch.testing.assert_close(outputs(200)[:, :, :83], outputs(83), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("span", ["window", "bucket", "paper"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_of_a_row_does_not_depend_on_its_batch(shared, span, causal):
+    if span == "paper" and not shared:
+        pytest.skip("padded queries keep their buckets, so that they move the chunks of separate keys")
+    config = LSHConfig(n_hashes=R, n_buckets=4, local_window=2, **SPANS[span])
     query, key, value = make(3, H, 96, D), None if shared else make(3, H, 96, D), make(3, H, 96, Dv)
     lengths = torch.tensor([96, 50, 0])
     mask = torch.arange(96) >= lengths[:, None]
     rotations = random_rotations(D, 4, R, n_heads=H)
-    together = lsh_attention(query, key, value, config=config, rotations=rotations, key_padding_mask=mask)
+    arguments = {"config": config, "rotations": rotations, "is_causal": causal}
+    together = lsh_attention(query, key, value, **arguments, key_padding_mask=mask)
     alone = [None if x is None else x[1:2, :, :50] for x in (query, key, value)]
-    torch.testing.assert_close(
-        together[1:2, :, :50], lsh_attention(*alone, config=config, rotations=rotations), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(together[1:2, :, :50], lsh_attention(*alone, **arguments), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_attention_takes_any_strides(shared):
+    packed = make(B, 50, 3, H, D)
+    query, key, value = packed.permute(2, 0, 3, 1, 4)  # as a fused projection leaves them
+    sliced = make(B, H, 100, D + 5)[:, :, ::2, 3:-2]
+    expanded = make(1, H, 50, D).expand(B, -1, -1, -1)
+    config, buckets = LSHConfig(n_hashes=R, n_buckets=4, window=9), torch.randint(0, 4, (B, H, R, 50))
+    for rows in (
+        (query, key, value),
+        (sliced, expanded, query),
+        (expanded, sliced, sliced.flip(-1).transpose(0, 1).transpose(0, 1)),
+    ):
+        query, key, value = rows[0], None if shared else rows[1], rows[2]
+        arguments = {"config": config, "buckets": buckets if shared else (buckets, buckets.flip(-1))}
+        inputs = [x for x in (query, key, value) if x is not None]
+        got = lsh_attention(query, key, value, **arguments, return_lse=True)
+        truth = reference.lsh_attention(query, key, value, **arguments)
+        for a, b in zip(got, truth):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        # a gradient of odd strides too
+        dout = torch.randn(B, H, D, 50, dtype=torch.float64).transpose(2, 3)
+        gradients = (torch.autograd.grad(out, inputs, dout, retain_graph=True) for out, _ in (got, truth))
+        for a, b in zip(*gradients):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_attention_clamps_bucket_ids(dtype):
+    hostile = torch.tensor([torch.iinfo(dtype).min, -1, 0, 3, 4, torch.iinfo(dtype).max], dtype=dtype)
+    buckets = hostile[torch.randint(0, 6, (B, H, R, 60))]
+    config, query, value = LSHConfig(n_hashes=R, n_buckets=4, window=9), make(B, H, 60, D), make(B, H, 60, Dv)
+    outs = [lsh_attention(query, None, value, config=config, buckets=x) for x in (buckets, buckets.clamp(0, 3))]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("L", [16_000, 20_000])
+def test_attention_of_long_sequences_agrees_with_the_oracle(L):
+    """Rows of one bucket against their exact attention: 16-bit and 32-bit masks, several heads and blocks."""
+    query, value = make(1, 2, L, 8, dtype=torch.float32), make(1, 2, L, 8, dtype=torch.float32)
+    buckets = torch.randint(0, 512, (1, 2, 2, L))
+    config = LSHConfig(n_hashes=2, n_buckets=512)
+    out = lsh_attention(query, None, value, config=config, is_causal=True, buckets=buckets)
+    for i in random.Random(0).sample(range(L - 200, L), 25) + [L - 1]:
+        mates = torch.zeros(2, L, dtype=torch.bool)
+        for head, r in itertools.product(range(2), range(2)):
+            same = (buckets[0, head, r, :i] == buckets[0, head, r, i]).nonzero().flatten()
+            mates[head, same[-64:]] = True
+        keys = torch.nn.functional.normalize(query[0], dim=-1)
+        logits = torch.einsum("hd,hjd->hj", query[0, :, i], keys).masked_fill(~mates, -torch.inf)
+        want = torch.einsum("hj,hjd->hd", logits.softmax(-1), value[0])
+        torch.testing.assert_close(out[0, :, i], want, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_saves_what_the_spec_allows():
+    query, key, value = make(B, H, 64, D), make(B, H, 64, D), make(B, H, 64, Dv)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out, lse = lsh_attention(query, key, value, return_lse=True)
+    floating = {x.data_ptr() for x in saved if x.is_floating_point()}
+    assert floating == {x.data_ptr() for x in (query, key, value, out, lse)}
+    # per round and position of queries and of keys: the order, and one int32 more
+    assert sorted(x.shape for x in saved if not x.is_floating_point()) == [(B, H, 4, 64)] * 4
+    assert all(x.dtype == torch.int32 for x in saved if not x.is_floating_point())
+
+
+def test_attention_draws_rotations_then_the_seed():
+    x = make(1, 2, 64, 8)
+    drawn = torch.Generator().manual_seed(7)
+    rotations = random_rotations(8, 2, 4, n_heads=2, generator=drawn)
+    arguments = {"config": LSHConfig(n_buckets=2), "dropout_p": 0.5}
+    want = lsh_attention(x, None, x, **arguments, rotations=rotations, generator=drawn)
+    assert torch.equal(want, lsh_attention(x, None, x, **arguments, generator=torch.Generator().manual_seed(7)))
+
+
+def test_attention_compiles_for_every_length():
+    attend = torch.compile(lambda x: lsh_attention(x, None, x, is_causal=True), backend="eager", fullgraph=True)
+    for L in (200, 330, 1000):
+        x = make(1, 2, L, 8)
+        torch.manual_seed(L)
+        compiled = attend(x)
+        torch.manual_seed(L)
+        eager = lsh_attention(x, None, x, is_causal=True)
+        torch.testing.assert_close(compiled, eager)
+        torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (compiled, eager)))
+
+
+def test_attention_refuses_derivatives_that_it_does_not_have():
+    x = make(1, 2, 20, 8)
+    (gradient,) = torch.autograd.grad(lsh_attention(x, None, x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="twice"):
+        gradient.sum().backward()
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda y: lsh_attention(y, None, y), (x.detach(),), (x.detach(),))
+    with pytest.raises(NotImplementedError, match="combine_rounds has no gradient"):
+        combine_rounds(make(1, 1, 2, 3, 4), torch.zeros(1, 1, 2, 3).double())[0].sum().backward()
+
+
+def test_attention_masks_are_hard_for_any_logits():
+    x = torch.full((1, 1, 40, 4), 3e15)
+    x[:, :, :32] *= -1
+    value = torch.arange(40.0)[None, None, :, None]
+    buckets = torch.zeros(1, 1, 1, 40, dtype=torch.int32)
+    config = LSHConfig(n_hashes=1, n_buckets=2)
+    out = lsh_attention(x, -x, value, config=config, is_causal=True, buckets=(buckets, buckets))
+    assert (out[0, 0, :, 0] <= torch.arange(40)).all()
 
 
 @pytest.mark.parametrize("span", SPANS)
@@ -228,7 +361,7 @@ def x(*shape, **options):
     return torch.zeros(*shape, **options)
 
 
-Q = x(2, 4, 10, 8)
+Q, S, L = x(2, 4, 10, 8), x(2, 4, 5, 8), x(1, 1, 60_000, 1)
 ERRORS = [
     (TypeError, "query: got list", lambda: lsh_attention([1], None, Q)),
     (ValueError, r"query: got shape \(10, 8\)", lambda: lsh_attention(Q[0, 0], None, Q)),
@@ -245,6 +378,27 @@ ERRORS = [
         "is_causal=True: got query length 10 and key length 5",
         lambda: lsh_attention(Q, Q[:, :, :5], Q[:, :, :5], is_causal=True),
     ),
+    (ValueError, "local_window: got query length 10", lambda: lsh_attention(Q, S, S, config=LSHConfig(local_window=2))),
+    (ValueError, 'span="chunk": got query length 10', lambda: lsh_attention(Q, S, S, config=LSHConfig(span="chunk"))),
+    (ValueError, "key: got length 5 for query length 10", lambda: local_attention(Q, S, S, window=3)),
+    (TypeError, "rotations: got torch.int64", lambda: lsh_attention(Q, None, Q, rotations=x(4, 8, 4, 1).long())),
+    (TypeError, "rotations: got list", lambda: lsh_hash(Q, [1], 2)),
+    (ValueError, "2\\^30", lambda: lsh_attention(L, None, L, config=LSHConfig(window=60_000, n_buckets=32_768))),
+    (TypeError, "chunk_length: got 2.5", lambda: local_attention(Q, Q, Q, chunk_length=2.5)),
+    (TypeError, "dropout_p: got 'a'", lambda: lsh_attention(Q, None, Q, dropout_p="a")),
+    (ValueError, "head_dim: got 0", lambda: random_rotations(0, 2, 4)),
+    (TypeError, "n_hashes: got 1.5", lambda: random_rotations(8, 2, 1.5)),
+    (TypeError, "nested or sparse", lambda: lsh_attention(Q.to_sparse(), None, Q)),
+    (TypeError, "buckets: got list", lambda: bucket_sort([1], 2)),
+    (ValueError, "buckets: got shape", lambda: bucket_sort(x(2, 3).int(), 2)),
+    (TypeError, "out and lse: got list", lambda: combine_rounds([1], Q)),
+    (ValueError, "out: got shape", lambda: combine_rounds(Q, Q)),
+    (ValueError, "lse: got shape", lambda: combine_rounds(Q[None], Q)),
+    (ValueError, "lse: got torch.float64", lambda: combine_rounds(Q[None], x(1, 2, 4, 10).double())),
+    (TypeError, "wrap: got 1", lambda: LSHConfig(wrap=1)),
+    (TypeError, "norm_eps: got 'x'", lambda: LSHConfig(norm_eps="x")),
+    (ValueError, "norm_eps: got -1", lambda: LSHConfig(norm_eps=-1)),
+    (TypeError, "n_buckets: got 2.0", lambda: LSHConfig(n_buckets=2.0)),
     (TypeError, "config: got str", lambda: lsh_attention(Q, None, Q, config="paper")),
     (TypeError, "key_padding_mask: got torch.float32", lambda: lsh_attention(Q, None, Q, key_padding_mask=x(2, 10))),
     (ValueError, "key_padding_mask: got shape", lambda: lsh_attention(Q, None, Q, key_padding_mask=x(2, 9, dtype=torch.bool))),
@@ -296,8 +450,8 @@ PEAK = """
 import re, sys, torch
 from lsh_kernels import lsh_attention
 def run(L):
-    q, v = (torch.randn(1, 8, L, 64, requires_grad=True) for _ in range(2))
-    lsh_attention(q, None, v, is_causal=True).sum().backward()
+    q, k, v = (torch.randn(1, 8, L, 64, requires_grad=True) for _ in range(3))
+    lsh_attention(q, k if sys.argv[2] == "separate" else None, v, is_causal=True).sum().backward()
     # of this program alone: ru_maxrss begins with what the parent process had
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 start = run(256)
@@ -306,9 +460,12 @@ print(run(int(sys.argv[1])) - start)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_attention_memory_grows_linearly():
+@pytest.mark.parametrize("keys", ["shared", "separate"])
+def test_attention_memory_grows_linearly(keys):
     def peak(length):
-        return int(subprocess.run([sys.executable, "-c", PEAK, str(length)], capture_output=True, check=True, text=True).stdout)
+        return int(
+            subprocess.run([sys.executable, "-c", PEAK, str(length), keys], capture_output=True, check=True, text=True).stdout
+        )
 
     # H = 8, D = 64, R = 4, C = 64; a process each, since the peak of one never falls
     assert peak(16_384) <= 2.2 * peak(8_192)
