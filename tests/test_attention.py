@@ -4,6 +4,7 @@ import itertools
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -469,3 +470,20 @@ def test_attention_memory_grows_linearly(keys):
 
     # H = 8, D = 64, R = 4, C = 64; a process each, since the peak of one never falls
     assert peak(16_384) <= 2.2 * peak(8_192)
+
+
+@pytest.mark.parametrize("span", ["window", "paper"])
+def test_attention_of_one_full_bucket_takes_no_longer(span):
+    config = LSHConfig.paper(n_buckets=128) if span == "paper" else LSHConfig(n_buckets=128)
+    query, value = (torch.randn(1, 2, 4096, 32) for _ in range(2))
+
+    def seconds(buckets):
+        times = []
+        for _ in range(4):
+            start = time.process_time()
+            lsh_attention(query, None, value, config=config, is_causal=True, buckets=buckets)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    usual = torch.randint(0, 128, (1, 2, 4, 4096))
+    assert seconds(torch.zeros_like(usual)) <= 3 * seconds(usual)

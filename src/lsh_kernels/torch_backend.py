@@ -1,11 +1,6 @@
 """The whole pipeline in plain torch (and NumPy's radix sort): any device, O(L) memory, blocks that stay in cache.
 
-Every variant of the attention is one walk: slots in sorted order, one interval of key slots per query. Heads are laid end
-to end on one slot axis, cut into tiles of queries; a tile meets one window of keys (`window` and `chunk` spans with aligned
-orders) or several, one after the other (`bucket` span and separate keys, where the intervals depend on the data).
-
-Masks are integers, not booleans: an entry >= 1 excludes its pair. `|2j - (lo + hi - 1)| - (hi - lo - 1)` is such a number
-for "j outside [lo, hi)", and integer arithmetic runs several times faster on a CPU than comparisons and masked fills.
+Every variant of the attention is one walk over sorted slots, see `torch_walk`.
 
 Sources: Kitaev et al. 2020 (the attention), Andoni et al. 2015 (the hash), Dao 2022 (the backward from lse), Salmon et al.
 2011 (Philox).
@@ -15,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,18 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import AttentionOptions
+from .torch_walk import (
+    Block,
+    Buffers,
+    Entries,
+    Exclusions,
+    Rows,
+    Walk,
+    add_rows,
+    bucket_stretch,
+    compute_dtype,
+    hashed_round,
+    identity_round,
+    invert,
+    walks_of,
+)
 
 # what an excluded pair's logit is lowered by: near the end of float32, but finite
 _EXCLUDE = 1e38
 # logits are in base 2: exp2 takes half the time of exp on a CPU, and a twentieth where it underflows
 _LOG2E = math.log2(math.e)
-_TILE = 64
-# narrow windows waste fewer pairs in narrow tiles: (tile + W) keys are met for W wanted
-_NARROW_TILE, _NARROW_WINDOW = 32, 128
-# (query, key) pairs of a block: logits and probabilities of one block stay in a core's L2 cache
-_BLOCK_PAIRS = 2**19
-# keys per step where the key range of a tile depends on the data
-_DYNAMIC_WINDOW = 128
 # slots of the heads that are walked together; they belong to one batch element, so that no sample can touch another
 _HEAD_BLOCK_SLOTS = 2**14
 _PHILOX_ROUNDS = 7
@@ -51,7 +53,7 @@ def lsh_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
     """
     B, H, L, _ = x.shape
     n_rot_heads, D, R, width = rotations.shape
-    dtype = _compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     # columns first: every reduction below runs over whole vectors of positions
     rot = rotations.to(dtype).permute(0, 2, 3, 1).reshape(n_rot_heads, R * width, D)
     buckets = torch.empty(B * H, R, L, dtype=torch.int32, device=x.device)
@@ -104,6 +106,37 @@ def _sort(buckets: Tensor) -> Tensor:
     return torch.sort(buckets, dim=-1, stable=True).indices
 
 
+@dataclass(frozen=True)
+class SortedRounds:
+    """What forward leaves for backward, besides its tensors: per round the sorted orders of queries and of separate keys.
+
+    `order` [B,H,R,L] int32: slot -> position. `stretched` [B,H,R,L] int32: position -> t = slot + bucket * stretch, which
+    fixes slot and bucket; ~t in the first round of a query whose only target is itself. Keys: [B,Hkv,R,S], or None if shared.
+    """
+
+    q_order: Tensor
+    q_stretched: Tensor
+    k_order: Tensor | None
+    k_stretched: Tensor | None
+
+
+def sort_rounds(
+    q_buckets: Tensor, k_buckets: Tensor | None, key_padding_mask: Tensor | None, options: AttentionOptions, k_len: int
+) -> SortedRounds:
+    """Sort queries (and separate keys) by bucket. In the shared case padded positions go along, last."""
+    n_buckets, stretch = math.prod(options.factors), bucket_stretch(options, k_len)
+
+    def sort(buckets, mask):
+        buckets = _with_padding(buckets, n_buckets, mask)
+        order = _sort(buckets)
+        stretched = invert(order) + buckets.to(torch.int64) * stretch
+        return order.to(torch.int32), stretched.to(torch.int32)
+
+    if k_buckets is None:
+        return SortedRounds(*sort(q_buckets, key_padding_mask), None, None)
+    return SortedRounds(*sort(q_buckets, None), *sort(k_buckets, key_padding_mask))
+
+
 # ------------------------------------------------------------------------------------------------------------------- combine
 def combine_rounds(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Weigh the rounds by softmax(lse). out [B,H,R,L,Dv], lse [B,H,R,L] -> (out [B,H,L,Dv], lse [B,H,L])."""
@@ -149,454 +182,6 @@ def _dropout_scale(dropout_p: float) -> float:
     return 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- rows
-class _Rows:
-    """A tensor [B,H,L,D] as a matrix of rows: row(b, h, l) = base[b, h] + l * step. A view wherever strides allow."""
-
-    def __init__(self, x: Tensor):
-        B, H, L, D = x.shape
-        if x.stride(-1) != 1 or any(s % D for s in x.stride()[:3]):
-            x = x.contiguous()
-        batch_step, head_step, self.step = (s // D for s in x.stride()[:3])
-        n_rows = 1 + (B - 1) * batch_step + (H - 1) * head_step + (L - 1) * self.step if x.numel() else 0
-        self.matrix = x.as_strided((n_rows, D), (D, 1))
-        b = torch.arange(B, device=x.device)[:, None]
-        h = torch.arange(H, device=x.device)[None, :]
-        self.base = b * batch_step + h * head_step
-
-    def index(self, b: int, heads: Tensor, positions: Tensor) -> Tensor:
-        """Row numbers [n, L] of positions [n, L] in the n heads of batch element b."""
-        return self.base[b, heads, None] + positions * self.step
-
-    def take(self, index: Tensor, out: Tensor) -> Tensor:
-        """Gather rows into `out` [.., D], in out's dtype."""
-        flat = out.view(-1, out.shape[-1])
-        if self.matrix.dtype == out.dtype:
-            torch.index_select(self.matrix, 0, index.reshape(-1), out=flat)
-        else:
-            flat.copy_(torch.index_select(self.matrix, 0, index.reshape(-1)))
-        return out
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class _Buffers:
-    """Reused scratch memory: one allocation per name, a view of the wanted shape on every request."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.flat: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = math.prod(shape)
-        flat = self.flat.get(name)
-        if flat is None or flat.numel() < size or flat.dtype != dtype:
-            flat = self.flat[name] = torch.empty(size, dtype=dtype, device=self.device)
-        return flat[:size].view(shape)
-
-
-# --------------------------------------------------------------------------------------------------------- orders, intervals
-@dataclass(frozen=True)
-class SortedRounds:
-    """What forward leaves for backward, besides its tensors: per round the sorted orders of queries and of separate keys.
-
-    `order` [B,H,R,L] int32: slot -> position. `stretched` [B,H,R,L] int32: position -> t = slot + bucket * stretch, which
-    fixes slot and bucket; ~t in the first round of a query whose only target is itself. Keys: [B,Hkv,R,S], or None if shared.
-    """
-
-    q_order: Tensor
-    q_stretched: Tensor
-    k_order: Tensor | None
-    k_stretched: Tensor | None
-
-
-def sort_rounds(
-    q_buckets: Tensor, k_buckets: Tensor | None, key_padding_mask: Tensor | None, options: AttentionOptions, k_len: int
-) -> SortedRounds:
-    """Sort queries (and separate keys) by bucket. In the shared case padded positions go along, last."""
-    n_buckets, stretch = math.prod(options.factors), _stretch(options, k_len)
-
-    def sort(buckets, mask):
-        buckets = _with_padding(buckets, n_buckets, mask)
-        order = _sort(buckets)
-        stretched = _inverse(order) + buckets.to(torch.int64) * stretch
-        return order.to(torch.int32), stretched.to(torch.int32)
-
-    if k_buckets is None:
-        return SortedRounds(*sort(q_buckets, key_padding_mask), None, None)
-    return SortedRounds(*sort(q_buckets, None), *sort(k_buckets, key_padding_mask))
-
-
-def _stretch(options: AttentionOptions, k_len: int) -> int:
-    return min(options.window, k_len) + 1
-
-
-def _inverse(order: Tensor) -> Tensor:
-    """slot -> position becomes position -> slot, int64."""
-    order = order.to(torch.int64)
-    slots = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, slots)
-
-
-@dataclass(frozen=True)
-class _Round:
-    """One hash round (or the local one) of n heads: orders, and the interval of key slots of each query, in slot order."""
-
-    q_order: Tensor  # [n, L] slot -> position
-    q_slot: Tensor  # [n, L] position -> slot
-    k_order: Tensor  # [n, S]
-    k_slot: Tensor  # [n, S]
-    lo: Tensor  # [n, L]
-    hi: Tensor  # [n, L]
-    reach: _Reach | None  # None: which keys a tile needs depends on the data
-    by_slot: bool  # causality follows from slots; False: positions have to be compared
-    meets_padding: bool  # intervals may hold padded keys
-
-
-def _hashed_round(
-    q_order: Tensor, q_stretched: Tensor, k_order: Tensor, k_stretched: Tensor, shared: bool, options: AttentionOptions
-) -> _Round:
-    """The orders [n, L] and stretched slots of a hash round decoded, and its intervals worked out."""
-    o = options
-    (n, L), S, device = q_order.shape, k_order.shape[-1], q_order.device
-    n_buckets, stretch = math.prod(o.factors), _stretch(o, S)
-    q_slot, k_slot = _inverse(q_order), _inverse(k_order)
-    q_order, k_order = q_order.to(torch.int64), k_order.to(torch.int64)
-    slot = torch.arange(L, device=device).expand(n, L)
-
-    q_bucket = (q_stretched.gather(1, q_order) - slot) // stretch  # [n, L] of the query in each slot
-    k_bucket = q_bucket if shared else (k_stretched.gather(1, k_order) - torch.arange(S, device=device)) // stretch
-    ids = torch.arange(n_buckets + 2, device=device).expand(n, -1).contiguous()
-    starts = torch.searchsorted(k_bucket.contiguous(), ids)  # [n, N + 2]
-    first, last = starts.gather(1, q_bucket), starts.gather(1, q_bucket + 1)
-    if shared:
-        end = slot + 1
-    else:
-        # key j of i's bucket counts if j * L <= i * S; the codes (bucket, position) ascend along the key order
-        code = q_bucket * S + q_order * S // L
-        end = torch.searchsorted(k_bucket * S + k_order, code, right=True)
-
-    lo, hi = _span_interval(o, slot, end, first, last)
-    if o.within_bucket:
-        lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
-        if o.is_causal:
-            # positions ascend within a bucket: "up to i" is an end of the slot interval, and strict, it drops self
-            hi = torch.minimum(hi, end - 1 if shared else end)
-        if shared:
-            # the bucket of padding holds no target
-            hi = torch.where(q_bucket == n_buckets, lo, hi)
-    reach = _reach(o, n, L, shared and o.within_bucket) if shared or o.span == "chunk" else None
-    lo = lo.clamp(0, S)
-    return _Round(
-        q_order,
-        q_slot,
-        k_order,
-        k_slot,
-        lo,
-        torch.maximum(hi.clamp(0, S), lo),
-        reach,
-        o.within_bucket,
-        not o.within_bucket,
-    )
-
-
-def _identity_round(n: int, L: int, shared: bool, options: AttentionOptions, device: torch.device) -> _Round:
-    """A round in identity order with a single bucket: local attention, or the round of near tokens."""
-    slot = torch.arange(L, device=device).expand(n, L)
-    lo, hi = _span_interval(options, slot, slot + 1, torch.zeros_like(slot), torch.full_like(slot, L))
-    if options.is_causal:
-        hi = torch.minimum(hi, slot if shared else slot + 1)
-    lo = lo.clamp(0, L)
-    reach = _reach(options, n, L, True)
-    return _Round(slot, slot, slot, slot, lo, torch.maximum(hi.clamp(0, L), lo), reach, True, True)
-
-
-def _span_interval(o: AttentionOptions, slot: Tensor, end: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """[lo, hi) of the query in slot `slot`, up to whose position the key order runs to `end`, in the bucket [first, last)."""
-    if o.span == "window":
-        return end - o.window - 1, end + o.window
-    if o.span == "chunk":
-        chunk = slot // o.chunk_length
-        return (chunk - o.chunks_before) * o.chunk_length, (chunk + 1 + o.chunks_after) * o.chunk_length
-    return first, last
-
-
-class _Reach(NamedTuple):
-    """Tiles of `tile` query slots need the key slots from `left` before their first to `right` after their last."""
-
-    left: int
-    right: int
-    tile: int
-
-
-def _reach(o: AttentionOptions, n: int, L: int, ordered: bool, *offsets: int) -> _Reach | None:
-    """The reach that serves all tiles of n axes of L slots. `ordered`: a causal query sees no slot after its own."""
-    tile = _TILE
-    if o.span == "window":
-        left = right = o.window
-        tile = _NARROW_TILE if o.window <= _NARROW_WINDOW else _TILE
-    elif o.span == "chunk":
-        # chunks start on multiples of `grid`, so a tile starts at most C - grid slots into a chunk
-        grid = math.gcd(tile, o.chunk_length, L if n > 1 else 0, *offsets)
-        slack = o.chunk_length - grid
-        left, right = o.chunks_before * o.chunk_length + slack, o.chunks_after * o.chunk_length + slack
-    else:
-        return None
-    return _Reach(min(left, L), 0 if o.is_causal and ordered else min(right, L), tile)
-
-
-# ---------------------------------------------------------------------------------------------------------------------- walk
-@dataclass(frozen=True)
-class _Walk:
-    """n slot axes laid end to end: which position each slot holds and the interval of keys that each query sees."""
-
-    q_pos: Tensor  # [n, slots] of queries
-    k_pos: Tensor  # [n, slots] of keys
-    lo: Tensor  # [n, slots], on the axis of all n heads
-    hi: Tensor  # [n, slots]
-    reach: _Reach | None
-    by_slot: bool
-    meets_padding: bool
-    q_places: list[Tensor]  # per round [n, L]: position -> slot on the axis of all n heads
-    k_places: list[Tensor]  # per round [n, S]
-    earlier: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """Dedupe, per earlier round: of keys 2 * slot [n, slots]; of queries lo + hi - 1 and hi - lo [n, slots]."""
-    repeats: list[tuple[slice, Tensor]] = field(default_factory=list)
-    """Slots that repeat others (both ends of a cyclic axis), per head, and the slots that they repeat."""
-
-
-def _walks(rounds: list[_Round], options: AttentionOptions) -> list[_Walk]:
-    """One walk per round; with wrap one for all hash rounds, as a cyclic sequence."""
-    n_cyclic = len(rounds) - (options.local_window > 0) if options.wrap else 0
-    walks = [_cyclic_walk(rounds[:n_cyclic], options)] if n_cyclic else []
-    for r in range(n_cyclic, len(rounds)):
-        this = rounds[r]
-        earlier = []
-        for other in rounds[:r] if options.dedupe else []:
-            there = other.q_slot.gather(1, this.q_order)
-            lo, hi = other.lo.gather(1, there), other.hi.gather(1, there)
-            earlier.append((2 * other.k_slot.gather(1, this.k_order), lo + hi - 1, hi - lo))
-        q_base, k_base = _axis_starts(this.q_order), _axis_starts(this.k_order)
-        walks.append(
-            _Walk(
-                this.q_order, this.k_order, this.lo + k_base, this.hi + k_base, this.reach, this.by_slot, this.meets_padding,
-                [this.q_slot + q_base], [this.k_slot + k_base], earlier,
-            )
-        )  # fmt: skip
-    return walks
-
-
-def _axis_starts(order: Tensor) -> Tensor:
-    n, length = order.shape
-    return torch.arange(0, n * length, length, device=order.device)[:, None]
-
-
-def _cyclic_walk(rounds: list[_Round], o: AttentionOptions) -> _Walk:
-    """The rounds of a head as one cyclic sequence of chunks, on an axis that repeats both its ends."""
-    (n, L), device = rounds[0].q_order.shape, rounds[0].q_order.device
-    C, n_chunks = o.chunk_length, -(-L // o.chunk_length)
-    length, all_chunks = len(rounds) * L, len(rounds) * n_chunks
-    before, after = o.chunks_before, o.chunks_after
-    if before + 1 + after >= all_chunks:
-        # every chunk once
-        before, after = all_chunks - 1, 0
-    halo, halo_after = min(before * C, length), min(after * C, length)
-
-    def start(chunk):  # first slot of a chunk on the endless sequence
-        return chunk // n_chunks * L + chunk % n_chunks * C
-
-    slots = torch.arange(-halo, length + halo_after, device=device)
-    chunk = slots // L * n_chunks + slots % L // C
-    real = (slots >= 0) & (slots < length)
-    base = torch.arange(0, n * len(slots), len(slots), device=device)[:, None]
-    lo = torch.where(real, start(chunk - before), -halo) + halo + base
-    hi = torch.where(real, start(chunk + after + 1), -halo) + halo + base
-    around = slots % length
-    pos = torch.cat([r.q_order for r in rounds], 1)[:, around]
-    k_pos = torch.cat([r.k_order for r in rounds], 1)[:, around]
-    reach = _reach(o._replace(chunks_before=before, chunks_after=after), n, length, False, L, halo, len(slots) if n > 1 else 0)
-    head, tail = slice(0, halo), slice(halo + length, len(slots))
-    return _Walk(
-        pos, k_pos, lo, hi, reach, False, True,
-        [r.q_slot + base + halo + i * L for i, r in enumerate(rounds)],
-        [r.k_slot + base + halo + i * L for i, r in enumerate(rounds)],
-        repeats=[(part, around[part] + halo) for part in (head, tail) if part.start < part.stop],
-    )  # fmt: skip
-
-
-class _Entries:
-    """A walk cut into blocks of entries, each a tile of query slots against a window of key slots."""
-
-    def __init__(self, walk: _Walk, buffers: _Buffers):
-        self.walk, self.buffers = walk, buffers
-        self.device = walk.lo.device
-        n_slots = walk.lo.numel()
-        self.static = walk.reach is not None
-        self.left, self.right, self.tile = walk.reach or (0, 0, _TILE)
-        self.n_tiles = -(-n_slots // self.tile)
-        self.tail = self.n_tiles * self.tile - n_slots
-        self.width = self.tile + self.left + self.right if self.static else _DYNAMIC_WINDOW
-        # without keys ahead, a tile is the first to reach the key slots of its own queries
-        self.writes_own_keys_first = self.static and self.right == 0
-        # masks are worked out in the narrowest integers that hold doubled slots and positions
-        largest = max(self.width, walk.q_pos.shape[1], walk.k_pos.shape[1])
-        self.int_dtype = torch.int16 if 2 * largest < 2**15 else torch.int32
-        self.lo, self.hi = self.q_side(walk.lo), self.q_side(walk.hi)
-        if self.static:
-            self.starts = torch.arange(self.n_tiles, device=self.device) * self.tile - self.left
-            self.relative = self.relative_interval(slice(None), self.starts)
-
-    def relative_interval(self, tiles: slice | Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """The intervals [lo, hi) of tiles within windows from `starts` on, as lo + hi - 1 and hi - lo - 1, each [G, M, 1]."""
-        lo, hi = ((x[tiles] - starts[:, None]).clamp_(0, self.width).to(self.int_dtype).unsqueeze(-1) for x in (self.lo, self.hi))
-        return lo + hi - 1, hi - lo - 1
-
-    def q_side(self, x: Tensor, dtype: torch.dtype | None = None, repeat_last: bool = False) -> Tensor:
-        """Per query slot [n, slots] -> per tile [n_tiles, tile]; the last tile is filled up with 0 or the last entry."""
-        x = x.flatten().to(dtype or x.dtype)
-        fill = x[-1:].expand(self.tail) if repeat_last else x.new_zeros(self.tail)
-        return torch.cat((x, fill)).view(self.n_tiles, self.tile)
-
-    def k_side(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Per key slot, with room on both sides for the first and the last window; there the entry at the end is repeated."""
-        x = x.flatten().to(dtype or x.dtype)
-        return torch.cat((x[:1].expand(self.left), x, x[-1:].expand(self.right + self.tail))) if self.static else x
-
-    def blocks(self) -> Iterator[_Block]:
-        size = max(1, _BLOCK_PAIRS // (self.tile * self.width))
-        if self.static:
-            for first in range(0, self.n_tiles, size):
-                tiles = slice(first, min(first + size, self.n_tiles))
-                yield _Block(self, tiles, self.starts[tiles])
-            return
-        begin, end = self.lo[:, 0], self.hi.amax(1)
-        n_windows = -((begin - end) // self.width)
-        for step in range(int(n_windows.max())):
-            active = (n_windows > step).nonzero().squeeze(1)
-            for tiles in active.split(size):
-                yield _Block(self, tiles, begin[tiles] + step * self.width)
-
-
-class _Block:
-    """Some entries of a walk: tiles of queries [G, M] against windows of keys [G, N]."""
-
-    def __init__(self, entries: _Entries, tiles: slice | Tensor, starts: Tensor):
-        self.entries, self.tiles, self.starts = entries, tiles, starts
-        self.shape = (len(starts), entries.tile, entries.width)
-        if entries.static:
-            self.keys = slice(tiles.start * entries.tile, tiles.stop * entries.tile + entries.left + entries.right)
-        else:
-            last = entries.walk.k_pos.numel() - 1
-            self.keys = (starts[:, None] + torch.arange(entries.width, device=starts.device)).clamp_(max=last)
-
-    def window(self, x: Tensor) -> Tensor:
-        """Per key slot [..] -> per entry [G, N]; overlapping views where the windows are a fixed grid."""
-        x = x[self.keys]
-        return x.as_strided(self.shape[::2], (self.entries.tile, 1)) if self.entries.static else x
-
-    def buffer(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
-        return self.entries.buffers(name, shape, dtype)
-
-    def key_rows(self, name: str, rows: _Rows, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gather the rows of all key slots of the block: [slots, D] on a fixed grid, else [G, N, D]."""
-        index = index[self.keys]
-        return rows.take(index, self.buffer(name, *index.shape, rows.matrix.shape[1], dtype=dtype))
-
-    def key_windows(self, x: Tensor) -> Tensor:
-        """Key rows as [G, N, D]."""
-        G, M, N = self.shape
-        D = x.shape[-1]
-        return x.as_strided((G, N, D), (M * D, D, 1)) if self.entries.static else x
-
-    def query_rows(self, name: str, rows: _Rows, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gather the rows of the block's queries: [G, M, D]."""
-        index = index[self.tiles]
-        return rows.take(index, self.buffer(name, *index.shape, rows.matrix.shape[1], dtype=dtype))
-
-    def own_rows(self, x: Tensor) -> Tensor:
-        """Of the key rows of a fixed grid, those in the slots of the queries: [G, M, D]."""
-        G, M, _ = self.shape
-        return x[self.entries.left :][: G * M].view(G, M, -1)
-
-    def add_to_keys(self, axis: Tensor, weights: Tensor, rows: Tensor) -> None:
-        """axis += weights^T rows on the key axis (k_side layout), for weights [G,M,N], rows [G,M,D]; in a fixed order."""
-        if not self.entries.static:
-            return add_rows(axis, self.keys.flatten(), torch.bmm(weights.transpose(1, 2), rows).flatten(0, 1))
-        G, M, N = self.shape
-        D = rows.shape[-1]
-        target = axis[self.keys]
-        # windows overlap, but their parts of M slots do not; the last part is new ground
-        for first in reversed(range(0 if N % M == 0 else N % M - M, N, M)):
-            first, last = max(first, 0), first + M
-            part = target[first:].as_strided((G, last - first, D), (M * D, D, 1))
-            transposed = weights[:, :, first:last].transpose(1, 2)
-            if last == N and self.entries.writes_own_keys_first:
-                torch.bmm(transposed, rows, out=part)
-            else:
-                part.baddbmm_(transposed, rows)
-
-
-def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
-    """target[index] += rows with repeated indices, in a fixed order."""
-    if target.device.type == "cpu":
-        target.index_add_(0, index, rows)
-    else:
-        # unlike index_add_ this sorts first, so that the sum does not depend on the scheduling of threads
-        target.index_put_((index,), rows, accumulate=True)
-
-
-class _Exclusions:
-    """Integer masks of a walk: an entry >= 1 excludes its pair."""
-
-    def __init__(self, entries: _Entries, shared: bool, padding: Tensor | None, options: AttentionOptions):
-        self.entries = entries
-        walk, dtype = entries.walk, entries.int_dtype
-        self.columns = 2 * torch.arange(entries.width, device=entries.device).to(dtype)
-        self.earlier = [
-            (entries.k_side(slots, dtype), entries.q_side(center, dtype), entries.q_side(width, dtype))
-            for slots, center, width in walk.earlier
-        ]
-        # self: on a fixed grid without repeats it stands on the diagonal; strict intervals have dropped it already
-        strict = options.is_causal and walk.by_slot
-        self.self_on_diagonal = shared and not strict and entries.static and not walk.repeats
-        compare_self = shared and not strict and not self.self_on_diagonal
-        self.compare = "not after" if options.is_causal and not walk.by_slot else "not self" if compare_self else None
-        if self.compare == "not after" and shared:
-            self.compare = "before"
-        if self.compare:
-            self.q_pos, self.k_pos = entries.q_side(walk.q_pos, dtype), entries.k_side(walk.k_pos, dtype)
-        self.padding = None
-        if padding is not None and walk.meets_padding:
-            self.padding = entries.k_side(padding[walk.k_pos], dtype)
-
-    def of(self, block: _Block) -> Tensor:
-        """[G, M, N], 1 where the pair is excluded, else 0."""
-        entries, tiles = self.entries, block.tiles
-        bad, test = (block.buffer(name, *block.shape, dtype=entries.int_dtype) for name in ("bad", "test"))
-        if entries.static:
-            center, width = (x[tiles] for x in entries.relative)
-        else:
-            center, width = entries.relative_interval(tiles, block.starts)
-        torch.sub(self.columns, center, out=bad).abs_().sub_(width)
-        if self.self_on_diagonal:
-            bad.diagonal(entries.left, 1, 2).fill_(1)
-        for slots, center, width in self.earlier:
-            torch.sub(block.window(slots).unsqueeze(1), center[tiles].unsqueeze(-1), out=test).abs_()
-            torch.maximum(bad, torch.sub(width[tiles].unsqueeze(-1), test, out=test), out=bad)
-        if self.compare:
-            q_pos, k_pos = self.q_pos[tiles].unsqueeze(-1), block.window(self.k_pos).unsqueeze(1)
-            if self.compare == "not self":
-                torch.sub(k_pos, q_pos, out=test).abs_().neg_().add_(1)
-            else:
-                torch.sub(k_pos, q_pos - 1 if self.compare == "before" else q_pos, out=test)
-            torch.maximum(bad, test, out=bad)
-        if self.padding is not None:
-            torch.maximum(bad, block.window(self.padding).unsqueeze(1), out=bad)
-        return bad.clamp_(0, 1)
-
-
 # ------------------------------------------------------------------------------------------------------------------ attention
 class _Heads:
     """Some heads of one batch element: their rows, key norms, and walks."""
@@ -626,13 +211,13 @@ class _Heads:
                     pair = q_order, stretched[:, r]
                 else:
                     pair = state.k_order[b, self.kv_ids, r], state.k_stretched[b, self.kv_ids, r]
-                rounds.append(_hashed_round(q_order, stretched[:, r], *pair, tensors.shared, o))
+                rounds.append(hashed_round(q_order, stretched[:, r], *pair, tensors.shared, o))
             if o.local_window:
                 local = o._replace(span="window", window=o.local_window)
-                rounds.append(_identity_round(n, L, tensors.shared, local, device))
+                rounds.append(identity_round(n, L, tensors.shared, local, device))
         else:
-            rounds.append(_identity_round(n, L, tensors.shared, o, device))
-        self.walks = _walks(rounds, o)
+            rounds.append(identity_round(n, L, tensors.shared, o, device))
+        self.walks = walks_of(rounds, o)
 
 
 @dataclass(frozen=True)
@@ -657,7 +242,7 @@ class _Tensors:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _compute_dtype(self.query.dtype)
+        return compute_dtype(self.query.dtype)
 
     @property
     def attends_self(self) -> bool:
@@ -675,11 +260,11 @@ class _Tensors:
 class _Logits:
     """Gathers the rows of a block and forms its masked logits."""
 
-    def __init__(self, heads: _Heads, walk: _Walk, buffers: _Buffers, rows: dict[str, _Rows]):
+    def __init__(self, heads: _Heads, walk: Walk, buffers: Buffers, rows: dict[str, Rows]):
         self.heads, self.rows, self.tensors = heads, rows, heads.tensors
-        self.entries = entries = _Entries(walk, buffers)
+        self.entries = entries = Entries(walk, buffers)
         self.dtype = self.tensors.dtype
-        self.exclusions = _Exclusions(entries, self.tensors.shared, heads.padding, self.tensors.options)
+        self.exclusions = Exclusions(entries, self.tensors.shared, heads.padding, self.tensors.options)
         self.k_pos = walk.k_pos
         key_rows, ids = (rows["query"], heads.q_ids) if self.tensors.shared else (rows["key"], heads.kv_ids)
         self.q_index = self.query_index("query")
@@ -705,7 +290,7 @@ class _Logits:
         index = self.rows[name].index(self.heads.b, self.heads.q_ids, self.entries.walk.q_pos)
         return self.entries.q_side(index, repeat_last=True)
 
-    def operands(self, block: _Block) -> tuple[Tensor, Tensor, Tensor]:
+    def operands(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """q [G,M,D], k [G,N,D], v [G,N,Dv], keys normalised if shared, padded rows zero."""
         key_name = "query" if self.tensors.shared else "key"
         x = block.key_rows("x", self.rows[key_name], self.k_index, self.dtype)
@@ -726,14 +311,14 @@ class _Logits:
             k = torch.mul(x, self.inverse_norm[block.keys].unsqueeze(-1), out=block.buffer("k", *x.shape, dtype=self.dtype))
         return q, block.key_windows(k), block.key_windows(v)
 
-    def of(self, block: _Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, block: Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Masked logits [G,M,N] times log2(e), and a second buffer of their shape."""
         logits, other = (block.buffer(name, *block.shape, dtype=self.dtype) for name in ("logits", "other"))
         logits.copy_(self.exclusions.of(block))
         torch.baddbmm(logits, q, k.transpose(1, 2), beta=-_EXCLUDE, alpha=self.tensors.options.scale * _LOG2E, out=logits)
         return logits, other
 
-    def keep(self, block: _Block) -> Tensor | None:
+    def keep(self, block: Block) -> Tensor | None:
         """Dropout factors [G,M,N]."""
         p = self.tensors.options.dropout_p
         if not p:
@@ -782,8 +367,8 @@ def attention_fwd(
     Dv, dtype = value.shape[-1], tensors.dtype
     out = torch.empty(B, H, L, Dv, dtype=query.dtype, device=query.device)
     lse = torch.empty(B, H, L, dtype=dtype, device=query.device)
-    rows = {name: _Rows(x) for name, x in (("query", query), ("key", key), ("value", value)) if x is not None}
-    buffers = _Buffers(query.device)
+    rows = {name: Rows(x) for name, x in (("query", query), ("key", key), ("value", value)) if x is not None}
+    buffers = Buffers(query.device)
     for heads in tensors.head_blocks():
         logits_of = [_Logits(heads, walk, buffers, rows) for walk in heads.walks]
         first_slot = np.cumsum([0] + [x.entries.lo.numel() for x in logits_of]).tolist()
@@ -877,8 +462,8 @@ def attention_bwd(
     dkey = None if shared else new(key.shape, dtype=dtype if grouped else key.dtype, device=device)
     dvalue = new(value.shape, dtype=dtype if grouped else value.dtype, device=device)
     rows = {"query": query, "key": key, "value": value, "dout": dout}
-    rows = {name: _Rows(x) for name, x in rows.items() if x is not None}
-    buffers = _Buffers(device)
+    rows = {name: Rows(x) for name, x in rows.items() if x is not None}
+    buffers = Buffers(device)
     for heads in tensors.head_blocks():
         b, own = heads.b, heads.heads
         d_out = dout[b, own].to(dtype)
