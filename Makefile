@@ -3,7 +3,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-gpu demo wheel clean
+.PHONY: help install lint format test test-gpu demo bench wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ test-gpu: install  ## the tests that need a GPU
 
 demo: install  ## train a small language model with exact and with LSH attention, print a table, draw a picture
 	$(BIN)/python -m lsh_kernels demo
+
+bench: install  ## time attention on the CPU beside its peers, and profile it, into bench/results/
+	$(BIN)/python bench/attention.py
+	$(BIN)/python bench/profile_cpu.py
 
 wheel: install  ## sdist and wheel into dist/
 	$(BIN)/python -m build

@@ -112,6 +112,11 @@ def matmul_gflops():
     return 2 * 2048**3 / min(times) / 1e9
 
 
+def machine_name():
+    facts = machine()
+    return re.sub(r"\W+", "_", f"{facts['cpu']} {facts['cores']} cores {platform.machine()}").lower()
+
+
 def lsh_flops(length, mode):
     """Multiply-adds count twice; R rounds, C queries against 2 C keys, two products forward and five backward."""
     return (2 if mode == "forward" else 7) * 2 * B * H * R * length * 2 * C * D
@@ -145,8 +150,7 @@ def main():
     if options.peak:
         return print_peak(options.peak[0], int(options.peak[1]), options.peak[2])
     facts = machine()
-    name = re.sub(r"\W+", "_", f"{facts['cpu']} {facts['cores']} cores {platform.machine()}").lower()
-    out = options.out or Path(__file__).parent / "results" / f"{name}.csv"
+    out = options.out or Path(__file__).parent / "results" / f"{machine_name()}.csv"
     fresh = not out.exists()
     out.parent.mkdir(parents=True, exist_ok=True)
     cases = [(length, mode) for length in options.lengths for mode in MODES]
