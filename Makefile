@@ -1,9 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.py combine_rounds.py backends.py forward_costs.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-gpu demo bench wheel clean
+.PHONY: help install lint format test test-tritons test-gpu demo bench wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +26,13 @@ format: install  ## ruff: fix and format in place
 
 test: install  ## all tests that need no GPU (Triton's interpreter where there is none)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# the interpreter of triton 3.6.0 fails on run-time range bounds with numpy >= 2.4
+test-tritons: install  ## the kernels on the oldest and on the newest Triton, interpreted
+	for version in 3.6.0 3.9.0; do \
+	    $(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton-$$version triton==$$version 'numpy==2.3.*' && \
+	    PYTHONPATH=.venv/triton-$$version $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNEL_TESTS) || exit 1; \
+	done
 
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

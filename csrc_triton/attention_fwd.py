@@ -9,10 +9,12 @@ import triton.language as tl
 
 from ._tile import (
     FAR,
+    ceil_div,
     dropout_args,
     dropout_keep,
     is_within,
     mode_of,
+    next_power_of_2,
     online_softmax,
     query_interval,
     span_interval,
@@ -344,7 +346,7 @@ def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inv
         tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype)
         keys = query if shared else key
         keep_from, keep_scale = dropout_args(o.dropout_p)
-        _attention_fwd_kernel[(B * H * mode.ROUNDS * triton.cdiv(L, tile.M),)](
+        _attention_fwd_kernel[(B * H * mode.ROUNDS * ceil_div(L, tile.M),)](
             query, keys, value, inverse_norm, padding, seed,
             state.q_order, state.q_stretched, state.q_order if shared else state.k_order, coords, limits,
             out, lse, query.stride(), keys.stride(), value.stride(), H, Hkv, L, S, n_buckets,
@@ -378,18 +380,18 @@ def interval_tables(state, mode, n_buckets, L, S):
     block = 1024
     if mode.WITHIN_BUCKET or has_coords:
         # so far apart that the reach of a query leads from no bucket to another
-        gap = min(max(mode.BEFORE, mode.AFTER), triton.cdiv(S, mode.CHUNK)) + 1
+        gap = min(max(mode.BEFORE, mode.AFTER), ceil_div(S, mode.CHUNK)) + 1
         if has_coords and (n_buckets + 2) * gap + S >= 2**30:
             raise ValueError(f"options: got reach {gap} with {n_buckets} buckets, wanted (N + 2) * reach + S < 2^30")
         n_rows = order.shape[0] * order.shape[1] * R
-        _bucket_bounds_kernel[(n_rows * triton.cdiv(S, block),)](
+        _bucket_bounds_kernel[(n_rows * ceil_div(S, block),)](
             order, stretched, bounds, coords, S, n_buckets, gap, MODE=mode, HAS_COORDS=has_coords, BLOCK=block
         )
     if mode.SHARED or not (mode.WITHIN_BUCKET or mode.DEDUPE):
         return coords, bounds
     limits = torch.empty((B, H, R, L, 2), dtype=torch.int32, device=device)
     block = 256
-    _stretched_intervals_kernel[(B * H * R * triton.cdiv(L, block),)](
+    _stretched_intervals_kernel[(B * H * R * ceil_div(L, block),)](
         q_order, state.q_stretched, order, stretched, bounds, limits, H, order.shape[1], L, S, n_buckets,
         MODE=mode, BLOCK=block,
     )  # fmt: skip
@@ -400,9 +402,9 @@ def inverse_norms(x, key_padding_mask, norm_eps=0.0):
     """1 / sqrt(sum(x^2) + D * norm_eps) of the rows of x [B, H, L, D], 0 for zero and padded rows: fp32 [B, H, L]."""
     B, H, L, D = x.shape
     out = torch.empty((B, H, L), dtype=torch.float32, device=x.device)
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = max(16, next_power_of_2(D))
     block_m = 4096 // block_d
-    _inverse_norm_kernel[(B * H * triton.cdiv(L, block_m),)](
+    _inverse_norm_kernel[(B * H * ceil_div(L, block_m),)](
         x, key_padding_mask, out, x.stride(), H, L, float(D * norm_eps), D=D, BLOCK_D=block_d, BLOCK_M=block_m
     )
     return out
@@ -410,7 +412,7 @@ def inverse_norms(x, key_padding_mask, norm_eps=0.0):
 
 def _launch_config(D, Dv, dtype):
     """(tile, num_warps, num_stages). Cost follows the tiles walked, not the window: small key tiles win."""
-    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (D, Dv))
+    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
     widest = max(block_d, block_dv)
     # IEEE fp32 products go through the FMA units and hold their operands in registers
     block_m = 32 if dtype == torch.float32 or widest > 128 else 64

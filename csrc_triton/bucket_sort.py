@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._tile import ceil_div, next_power_of_2
+
 MAX_BUCKETS = 32_768
 MAX_LENGTH = 2**24
 # positions per program where bucket ids come from memory
@@ -192,7 +194,7 @@ def sort_buckets(buckets, n_buckets, stretch, key_padding_mask=None, tile_counts
             if tile_counts is None or i > 0:
                 tile_counts = _count(buckets, padding, words, L, H * R, n_buckets, has_padding, i == 0, low_bits, n_bins)
             counts, block_m = tile_counts
-            n_tiles = triton.cdiv(L, block_m)
+            n_tiles = ceil_div(L, block_m)
             block_t, block_bins, num_warps = _scan_launch_config(n_bins)
             _bucket_sort_scan_kernel[(B * H * R,)](
                 counts, n_tiles, N_BINS=n_bins, BLOCK_BINS=block_bins, BLOCK_T=block_t, num_warps=num_warps
@@ -218,18 +220,18 @@ def digit_bins(n_buckets, has_padding):
     n_values = n_buckets + has_padding
     bits = (n_values - 1).bit_length()
     low_bits = bits if n_buckets <= 256 else bits // 2
-    bins = [min(n_values, 2**low_bits), triton.cdiv(n_values, 2**low_bits)]
-    return low_bits, [4 * triton.cdiv(n, 4) for n in bins if n > 1]
+    bins = [min(n_values, 2**low_bits), ceil_div(n_values, 2**low_bits)]
+    return low_bits, [4 * ceil_div(n, 4) for n in bins if n > 1]
 
 
 def bins_block(n_bins):
     """BLOCK_BINS: a power of 2, and no less than a warp of any GPU, which tl.histogram needs."""
-    return max(64, triton.next_power_of_2(n_bins))
+    return max(64, next_power_of_2(n_bins))
 
 
 def _count(buckets, padding, words, L, n_rounds, n_buckets, has_padding, first, low_bits, n_bins):
     B, H, R, _ = buckets.shape
-    n_tiles = triton.cdiv(L, _TILE)
+    n_tiles = ceil_div(L, _TILE)
     counts = torch.empty((B, H, R, n_tiles, n_bins), dtype=torch.int32, device=buckets.device)
     _bucket_sort_count_kernel[(B * H * R * n_tiles,)](
         buckets, padding, words, counts, L, n_rounds, n_buckets,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._tile import dropout_args, dropout_keep, unmarked
+from ._tile import ceil_div, dropout_args, dropout_keep, next_power_of_2, unmarked
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -138,11 +138,11 @@ def combine_rounds(out, lse, self_only=None):
     case, qkv = None, (out, out, out)
     if self_only:
         D = own.query.shape[3]
-        qk_block = max(16, triton.next_power_of_2(D))
+        qk_block = max(16, next_power_of_2(D))
         case = _Case(own.key is None, own.padding is not None, own.dropout_p > 0, own.q_stretched.shape[2], D, qk_block)
         qkv = (own.query, own.query if own.key is None else own.key, own.value)
     with torch.cuda.device_of(out):
-        _combine_rounds_fwd_kernel[(B * H * triton.cdiv(L, block_m),)](
+        _combine_rounds_fwd_kernel[(B * H * ceil_div(L, block_m),)](
             out, lse, *qkv, own.inverse_norm, own.padding, own.seed, own.q_stretched, combined, combined_lse,
             out.stride(), *(x.stride() for x in qkv), H, qkv[2].shape[1], L, own.scale, *dropout_args(own.dropout_p),
             R=R, DV=Dv, BLOCK_M=block_m, BLOCK_D=block_d, SELF=case, num_warps=num_warps,
@@ -152,7 +152,7 @@ def combine_rounds(out, lse, self_only=None):
 
 def _launch_config(D, dtype):
     """(BLOCK_M, BLOCK_D, num_warps): a tile of 4 KiB gives each of 128 threads two 128-bit loads per round."""
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = max(16, next_power_of_2(D))
     return 4096 // (block_d * dtype.itemsize), block_d, 4
 
 

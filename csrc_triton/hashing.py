@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._tile import ceil_div, next_power_of_2
 from .bucket_sort import MAX_BUCKETS, MAX_LENGTH, TileCounts, bins_block, check_padding, digit_bins, tile_counts
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -154,7 +155,7 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
     Hr, _, R, W = rotations.shape
     has_padding = key_padding_mask is not None
     block_m, block_d, block_w, num_warps, num_stages = _launch_config(D, x.dtype)
-    n_tiles = triton.cdiv(L, block_m)
+    n_tiles = ceil_div(L, block_m)
     low_bits, bins = digit_bins(math.prod(factors), has_padding)
     rotations = rotations.to(torch.float32).contiguous()
     buckets = torch.empty((B, H, R, L), dtype=torch.int32, device=x.device)
@@ -178,7 +179,7 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
 def _launch_config(D, dtype):
     """(BLOCK_M, BLOCK_D, MAX_BLOCK_W, num_warps, num_stages). BLOCK_M is the tile of the sort too, so as large as
     registers and 64 KiB of shared memory let it be; fp32 dots spill with more than 8 of their sums per thread."""
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = max(16, next_power_of_2(D))
     if dtype == torch.float32:
         # without pipelining, rotations would wait in registers
         return (64, block_d, 32, 8, 2) if block_d <= 128 else (32, block_d, 32, 4, 2)
