@@ -337,21 +337,20 @@ def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inv
     mode = mode_of(o, shared, state.q_order.shape[2], key_padding_mask is not None)
     n_buckets = math.prod(o.factors)
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
-    with torch.cuda.device_of(query):
-        if shared and inverse_norm is None:
-            inverse_norm = inverse_norms(query, padding, o.norm_eps)
-        coords, limits = interval_tables(state, mode, n_buckets, L, S)
-        out = torch.empty((B, H, mode.ROUNDS, L, Dv), dtype=query.dtype, device=query.device)
-        lse = torch.empty((B, H, mode.ROUNDS, L), dtype=torch.float32, device=query.device)
-        tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype)
-        keys = query if shared else key
-        keep_from, keep_scale = dropout_args(o.dropout_p)
-        _attention_fwd_kernel[(B * H * mode.ROUNDS * ceil_div(L, tile.M),)](
-            query, keys, value, inverse_norm, padding, seed,
-            state.q_order, state.q_stretched, state.q_order if shared else state.k_order, coords, limits,
-            out, lse, query.stride(), keys.stride(), value.stride(), H, Hkv, L, S, n_buckets,
-            o.scale * _LOG2_E, keep_from, keep_scale, MODE=mode, TILE=tile, num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
+    if shared and inverse_norm is None:
+        inverse_norm = inverse_norms(query, padding, o.norm_eps)
+    coords, limits = interval_tables(state, mode, n_buckets, L, S)
+    out = torch.empty((B, H, mode.ROUNDS, L, Dv), dtype=query.dtype, device=query.device)
+    lse = torch.empty((B, H, mode.ROUNDS, L), dtype=torch.float32, device=query.device)
+    tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype)
+    keys = query if shared else key
+    keep_from, keep_scale = dropout_args(o.dropout_p)
+    _attention_fwd_kernel[(B * H * mode.ROUNDS * ceil_div(L, tile.M),)](
+        query, keys, value, inverse_norm, padding, seed,
+        state.q_order, state.q_stretched, state.q_order if shared else state.k_order, coords, limits,
+        out, lse, query.stride(), keys.stride(), value.stride(), H, Hkv, L, S, n_buckets,
+        o.scale * _LOG2_E, keep_from, keep_scale, MODE=mode, TILE=tile, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
     if not (o.hashed and L == S):
         return combine_rounds(out, lse)
     inputs = query, key, value, padding, seed, inverse_norm

@@ -163,11 +163,12 @@ def bucket_sort(buckets, n_buckets, key_padding_mask=None):
     Returns:
         order [B, H, R, L] int32, slot -> position; inside a bucket positions ascend.
     """
+    _check(buckets, n_buckets, key_padding_mask)
     return sort_buckets(buckets, n_buckets, 0, key_padding_mask)[0]
 
 
 def sort_buckets(buckets, n_buckets, stretch, key_padding_mask=None, tile_counts=None):
-    """`bucket_sort` that also fixes slot and bucket of every position.
+    """`bucket_sort` that also fixes slot and bucket of every position. The arguments are not checked here.
 
     Args:
         buckets, n_buckets, key_padding_mask: as in `bucket_sort`.
@@ -179,7 +180,6 @@ def sort_buckets(buckets, n_buckets, stretch, key_padding_mask=None, tile_counts
         order [B, H, R, L] int32, slot -> position; stretched [B, H, R, L] int32, position -> slot + bucket * stretch,
         where padded positions have bucket N.
     """
-    _check(buckets, n_buckets, key_padding_mask)
     B, H, R, L = buckets.shape
     has_padding = key_padding_mask is not None
     low_bits, bins = digit_bins(n_buckets, has_padding)
@@ -189,21 +189,20 @@ def sort_buckets(buckets, n_buckets, stretch, key_padding_mask=None, tile_counts
     order = torch.empty((B, H, R, L), dtype=torch.int32, device=buckets.device)
     stretched = torch.empty((B, H, R, L), dtype=torch.int32, device=buckets.device)
     words = torch.empty((B, H, R, L), dtype=torch.int32, device=buckets.device) if len(bins) == 2 else order
-    with torch.cuda.device_of(buckets):
-        for i, n_bins in enumerate(bins):
-            if tile_counts is None or i > 0:
-                tile_counts = _count(buckets, padding, words, L, H * R, n_buckets, has_padding, i == 0, low_bits, n_bins)
-            counts, block_m = tile_counts
-            n_tiles = ceil_div(L, block_m)
-            block_t, block_bins, num_warps = _scan_launch_config(n_bins)
-            _bucket_sort_scan_kernel[(B * H * R,)](
-                counts, n_tiles, N_BINS=n_bins, BLOCK_BINS=block_bins, BLOCK_T=block_t, num_warps=num_warps
-            )
-            _bucket_sort_scatter_kernel[(B * H * R * n_tiles,)](
-                buckets, padding, counts, words, order, stretched, L, H * R, n_buckets, stretch,
-                HAS_PADDING=has_padding, FIRST=i == 0, LAST=i == len(bins) - 1, LOW_BITS=low_bits,
-                N_BINS=n_bins, BLOCK_M=block_m, num_warps=_launch_config(block_m),
-            )  # fmt: skip
+    for i, n_bins in enumerate(bins):
+        if tile_counts is None or i > 0:
+            tile_counts = _count(buckets, padding, words, L, H * R, n_buckets, has_padding, i == 0, low_bits, n_bins)
+        counts, block_m = tile_counts
+        n_tiles = ceil_div(L, block_m)
+        block_t, block_bins, num_warps = _scan_launch_config(n_bins)
+        _bucket_sort_scan_kernel[(B * H * R,)](
+            counts, n_tiles, N_BINS=n_bins, BLOCK_BINS=block_bins, BLOCK_T=block_t, num_warps=num_warps
+        )
+        _bucket_sort_scatter_kernel[(B * H * R * n_tiles,)](
+            buckets, padding, counts, words, order, stretched, L, H * R, n_buckets, stretch,
+            HAS_PADDING=has_padding, FIRST=i == 0, LAST=i == len(bins) - 1, LOW_BITS=low_bits,
+            N_BINS=n_bins, BLOCK_M=block_m, num_warps=_launch_config(block_m),
+        )  # fmt: skip
     return order, stretched
 
 
@@ -259,13 +258,11 @@ def _check(buckets, n_buckets, key_padding_mask):
         raise TypeError(f"buckets: got {buckets.dtype}, wanted int32 or int64")
     if not 1 <= n_buckets <= MAX_BUCKETS:
         raise ValueError(f"n_buckets: got {n_buckets}, wanted 1 to {MAX_BUCKETS}")
-    if key_padding_mask is not None:
-        check_padding(key_padding_mask, buckets.shape[0], buckets.shape[3], buckets.device)
-
-
-def check_padding(key_padding_mask, B, L, device):
+    if key_padding_mask is None:
+        return
+    B, L = buckets.shape[0], buckets.shape[3]
     if key_padding_mask.shape != (B, L) or key_padding_mask.dtype != torch.bool:
         got = f"{key_padding_mask.dtype} {list(key_padding_mask.shape)}"
         raise ValueError(f"key_padding_mask: got {got}, wanted bool {[B, L]}")
-    if key_padding_mask.device != device:
-        raise ValueError(f"key_padding_mask: got a tensor on {key_padding_mask.device}, wanted {device}")
+    if key_padding_mask.device != buckets.device:
+        raise ValueError(f"key_padding_mask: got a tensor on {key_padding_mask.device}, wanted {buckets.device}")

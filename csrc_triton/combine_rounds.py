@@ -141,12 +141,11 @@ def combine_rounds(out, lse, self_only=None):
         qk_block = max(16, next_power_of_2(D))
         case = _Case(own.key is None, own.padding is not None, own.dropout_p > 0, own.q_stretched.shape[2], D, qk_block)
         qkv = (own.query, own.query if own.key is None else own.key, own.value)
-    with torch.cuda.device_of(out):
-        _combine_rounds_fwd_kernel[(B * H * ceil_div(L, block_m),)](
-            out, lse, *qkv, own.inverse_norm, own.padding, own.seed, own.q_stretched, combined, combined_lse,
-            out.stride(), *(x.stride() for x in qkv), H, qkv[2].shape[1], L, own.scale, *dropout_args(own.dropout_p),
-            R=R, DV=Dv, BLOCK_M=block_m, BLOCK_D=block_d, SELF=case, num_warps=num_warps,
-        )  # fmt: skip
+    _combine_rounds_fwd_kernel[(B * H * ceil_div(L, block_m),)](
+        out, lse, *qkv, own.inverse_norm, own.padding, own.seed, own.q_stretched, combined, combined_lse,
+        out.stride(), *(x.stride() for x in qkv), H, qkv[2].shape[1], L, own.scale, *dropout_args(own.dropout_p),
+        R=R, DV=Dv, BLOCK_M=block_m, BLOCK_D=block_d, SELF=case, num_warps=num_warps,
+    )  # fmt: skip
     return combined, combined_lse
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._tile import ceil_div, next_power_of_2
-from .bucket_sort import MAX_BUCKETS, MAX_LENGTH, TileCounts, bins_block, check_padding, digit_bins, tile_counts
+from .bucket_sort import MAX_BUCKETS, MAX_LENGTH, TileCounts, bins_block, digit_bins, tile_counts
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -134,11 +134,12 @@ def lsh_hash(x, rotations, factors):
     Returns:
         buckets [B, H, R, L] int32, in [0, N) also for a row of NaN.
     """
+    _check(x, rotations, factors)
     return hash_rows(x, rotations, factors, None, None, with_counts=False)[0]
 
 
 def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=True):
-    """`lsh_hash`, and in the same pass over x what sorting and attention need.
+    """`lsh_hash`, and in the same pass over x what sorting and attention need. The arguments are not checked here.
 
     Args:
         x, rotations, factors: as in `lsh_hash`.
@@ -150,7 +151,6 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
         buckets [B, H, R, L] int32; inverse_norm [B, H, L] float32, 1 / sqrt(sum(x^2) + D * norm_eps), 0 for zero
         vectors and padded rows, None without norm_eps; `TileCounts` or None.
     """
-    _check(x, rotations, factors, key_padding_mask)
     B, H, L, D = x.shape
     Hr, _, R, W = rotations.shape
     has_padding = key_padding_mask is not None
@@ -166,13 +166,12 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
         inverse_norm = torch.empty((B, H, L), dtype=torch.float32, device=x.device)
     if with_counts:
         counts = torch.empty((B, H, R, n_tiles, bins[0]), dtype=torch.int32, device=x.device)
-    with torch.cuda.device_of(x):
-        _hashing_fwd_kernel[(B * H * n_tiles,)](
-            x, rotations, padding, buckets, inverse_norm, counts, x.stride(), H, L, H // Hr, norm_eps or 0.0,
-            HAS_PADDING=has_padding, HAS_NORM=norm_eps is not None, HAS_COUNTS=with_counts,
-            R=R, D=D, W=W, FACTORS=tuple(factors), LOW_BITS=low_bits, N_BINS=bins[0], BLOCK_BINS=bins_block(bins[0]),
-            BLOCK_M=block_m, BLOCK_D=block_d, MAX_BLOCK_W=block_w, num_warps=num_warps, num_stages=num_stages,
-        )  # fmt: skip
+    _hashing_fwd_kernel[(B * H * n_tiles,)](
+        x, rotations, padding, buckets, inverse_norm, counts, x.stride(), H, L, H // Hr, norm_eps or 0.0,
+        HAS_PADDING=has_padding, HAS_NORM=norm_eps is not None, HAS_COUNTS=with_counts,
+        R=R, D=D, W=W, FACTORS=tuple(factors), LOW_BITS=low_bits, N_BINS=bins[0], BLOCK_BINS=bins_block(bins[0]),
+        BLOCK_M=block_m, BLOCK_D=block_d, MAX_BLOCK_W=block_w, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
     return buckets, None if norm_eps is None else inverse_norm, TileCounts(counts, block_m) if with_counts else None
 
 
@@ -188,7 +187,7 @@ def _launch_config(D, dtype):
     return (128 if block_d == 128 else 64), block_d, 32, 4, 1
 
 
-def _check(x, rotations, factors, key_padding_mask):
+def _check(x, rotations, factors):
     if x.dim() != 4 or 0 in x.shape[1:] or not 1 <= x.shape[3] <= 256 or x.shape[2] > MAX_LENGTH:
         raise ValueError(f"x: got {list(x.shape)}, wanted [B, H, L, D] with 1 <= D <= 256 and L <= {MAX_LENGTH}")
     if x.dtype not in _DTYPES or not rotations.is_floating_point():
@@ -202,5 +201,3 @@ def _check(x, rotations, factors, key_padding_mask):
         raise ValueError(f"rotations: got {list(rotations.shape)}, wanted [Hr, {D}, R, {width}], Hr a divisor of {H}")
     if rotations.device != x.device:
         raise ValueError(f"rotations: got a tensor on {rotations.device}, wanted {x.device} like x")
-    if key_padding_mask is not None:
-        check_padding(key_padding_mask, x.shape[0], x.shape[2], x.device)

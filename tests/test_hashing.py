@@ -192,25 +192,24 @@ X, ROTATIONS = torch.zeros(1, 4, 9, 8), torch.zeros(2, 8, 3, 4)
 
 
 @pytest.mark.parametrize(
-    ("x", "rotations", "factors", "mask", "error", "message"),
+    ("x", "rotations", "factors", "error", "message"),
     [
-        (X[0], ROTATIONS, (8,), None, ValueError, "x: got .*wanted .B, H, L, D."),
-        (torch.zeros(1, 4, 9, 257), ROTATIONS, (8,), None, ValueError, "x: got .*D <= 256"),
-        (X.double(), ROTATIONS, (8,), None, TypeError, "got torch.float64"),
-        (X.mT.contiguous().mT, ROTATIONS, (8,), None, ValueError, "x: got strides .*contiguous"),
-        (X, ROTATIONS.int(), (8,), None, TypeError, "got torch.float32, torch.int32"),
-        (X, ROTATIONS, (4, 6), None, ValueError, "rotations: got .*3, 4.*wanted .Hr, 8, R, 5"),
-        (X, ROTATIONS[:, :7], (8,), None, ValueError, "rotations: got"),
-        (X, torch.zeros(3, 8, 3, 4), (8,), None, ValueError, "rotations: got .*divisor of 4"),
-        (X, ROTATIONS.to("meta"), (8,), None, ValueError, "rotations: got a tensor on meta"),
-        (X, ROTATIONS, (7,), None, ValueError, "factors: got .*even"),
-        (X, ROTATIONS, (256, 256), None, ValueError, "factors: got .*32768"),
-        (X, ROTATIONS, (8,), torch.zeros(1, 8).bool(), ValueError, "key_padding_mask: got .*wanted bool .1, 9."),
+        (X[0], ROTATIONS, (8,), ValueError, "x: got .*wanted .B, H, L, D."),
+        (torch.zeros(1, 4, 9, 257), ROTATIONS, (8,), ValueError, "x: got .*D <= 256"),
+        (X.double(), ROTATIONS, (8,), TypeError, "got torch.float64"),
+        (X.mT.contiguous().mT, ROTATIONS, (8,), ValueError, "x: got strides .*contiguous"),
+        (X, ROTATIONS.int(), (8,), TypeError, "got torch.float32, torch.int32"),
+        (X, ROTATIONS, (4, 6), ValueError, "rotations: got .*3, 4.*wanted .Hr, 8, R, 5"),
+        (X, ROTATIONS[:, :7], (8,), ValueError, "rotations: got"),
+        (X, torch.zeros(3, 8, 3, 4), (8,), ValueError, "rotations: got .*divisor of 4"),
+        (X, ROTATIONS.to("meta"), (8,), ValueError, "rotations: got a tensor on meta"),
+        (X, ROTATIONS, (7,), ValueError, "factors: got .*even"),
+        (X, ROTATIONS, (256, 256), ValueError, "factors: got .*32768"),
     ],
 )
-def test_hashing_refuses(x, rotations, factors, mask, error, message):
+def test_hashing_refuses(x, rotations, factors, error, message):
     with pytest.raises(error, match=message):
-        hash_rows(x, rotations, factors, mask, None)
+        lsh_hash(x, rotations, factors)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BACKENDS = ("auto", "torch", "triton")
 _MAX_HEAD_DIM = 256
 _MAX_LENGTH = 2**24
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def lsh_attention(
@@ -313,13 +314,13 @@ def combine_rounds(out: Tensor, lse: Tensor, *, backend: str = "auto") -> tuple[
 # --------------------------------------------------------------------------------------------------------------- backends
 def triton_problem(tensor: Tensor | None = None) -> str | None:
     """Why the Triton backend can't run (on `tensor`), or None if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed"
-    import triton
+    if tensor is not None and tensor.device.type == "cpu":
+        import triton
 
-    interpreted = triton.knobs.runtime.interpret
-    if tensor is not None and tensor.device.type == "cpu" and not interpreted:
-        return "the tensors are on the CPU, where Triton runs only under its interpreter (TRITON_INTERPRET=1)"
+        if not triton.knobs.runtime.interpret:
+            return "the tensors are on the CPU, where Triton runs only under its interpreter (TRITON_INTERPRET=1)"
     if tensor is not None and tensor.device.type not in ("cpu", "cuda"):
         return f"Triton kernels need CUDA or ROCm tensors, these are on {tensor.device.type}"
     if tensor is not None and tensor.dtype == torch.float64:

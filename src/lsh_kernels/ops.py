@@ -35,13 +35,18 @@ _library.define("combine_rounds(Tensor out, Tensor lse, str backend) -> (Tensor,
 
 
 def _implement(name: str):
-    """Register a function as the kernel of an op on every device, out of autocast's reach: dtypes are the kernel's own."""
+    """Register a function as the kernel of an op: run on the device of its tensors, out of autocast's reach, since dtypes are
+    the kernel's own."""
 
     def register(function):
         def kernel(*args):
-            device = next(a for a in args if isinstance(a, Tensor)).device.type
-            with torch.autocast(device, enabled=False):
-                return function(*args)
+            first = next(a for a in args if isinstance(a, Tensor))
+            with torch.cuda.device_of(first):
+                # entering an autocast context takes 10 us
+                if not torch.is_autocast_enabled(first.device.type):
+                    return function(*args)
+                with torch.autocast(first.device.type, enabled=False):
+                    return function(*args)
 
         _library.impl(name, kernel, "CompositeExplicitAutograd")
         return function
@@ -78,8 +83,11 @@ def _attention_forward(query, key, value, key_padding_mask, seed, rotations, q_b
     out, lse, state = attention_forward(
         query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, AttentionOptions(*options)
     )
-    empty = query.new_empty(0, dtype=torch.int32)
-    k_rounds = (empty, empty.clone()) if state.k_order is None else (state.k_order, state.k_stretched)
+    if state.k_order is None:
+        # an op's outputs may not be one tensor twice
+        k_rounds = (query.new_empty(0, dtype=torch.int32), query.new_empty(0, dtype=torch.int32))
+    else:
+        k_rounds = (state.k_order, state.k_stretched)
     return out, lse, state.q_order, state.q_stretched, *k_rounds
 
 
