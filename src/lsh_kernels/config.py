@@ -112,6 +112,26 @@ class LSHConfig:
             return bucket_factors(self.n_buckets)
         return default_factors(length, self.chunk_length)
 
+    def options(self, factors: tuple[int, ...], *, is_causal: bool, dropout_p: float, scale: float) -> AttentionOptions:
+        """This config for one call, as the backends take it."""
+        return AttentionOptions(
+            factors=list(factors),
+            hashed=True,
+            span=self.span,
+            window=self.window_length,
+            chunk_length=self.chunk_length,
+            chunks_before=self.chunks_before,
+            chunks_after=self.chunks_after,
+            within_bucket=self.within_bucket,
+            dedupe=self.dedupe,
+            wrap=self.wrap,
+            local_window=self.local_window,
+            norm_eps=float(self.norm_eps),
+            is_causal=bool(is_causal),
+            dropout_p=dropout_p,
+            scale=scale,
+        )
+
 
 def bucket_factors(n_buckets) -> tuple[int, ...]:
     """Check `n_buckets` (an even int or a tuple of even ints, product 2 to 32,768) and return it as a tuple of factors."""

@@ -112,23 +112,7 @@ def lsh_attention(
         _check_rotations(rotations, query, Hkv, config.n_hashes, factors)
     elif buckets is None:
         rotations = random_rotations(D, factors, config.n_hashes, n_heads=Hkv, generator=generator, device=query.device)
-    options = AttentionOptions(
-        factors=list(factors),
-        hashed=True,
-        span=config.span,
-        window=config.window_length,
-        chunk_length=config.chunk_length,
-        chunks_before=config.chunks_before,
-        chunks_after=config.chunks_after,
-        within_bucket=config.within_bucket,
-        dedupe=config.dedupe,
-        wrap=config.wrap,
-        local_window=config.local_window,
-        norm_eps=float(config.norm_eps),
-        is_causal=bool(is_causal),
-        dropout_p=dropout_p,
-        scale=scale,
-    )
+    options = config.options(factors, is_causal=is_causal, dropout_p=dropout_p, scale=scale)
     seed = _draw_seed(dropout_p, generator, query.device)
     out, lse = ops.attention(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, options, backend)
     return (out, lse) if return_lse else out

@@ -136,9 +136,7 @@ class LSHSelfAttention(_FixedInEval):
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [B, L, {self.embed_dim}]")
         out = lsh_attention(
-            _split_heads(self.qk_proj(x), self.num_heads, batch_first=True),
-            None,
-            _split_heads(self.v_proj(x), self.num_heads, batch_first=True),
+            *self.project_heads(x),
             config=self.config,
             is_causal=self.causal,
             key_padding_mask=_padding(key_padding_mask, x.shape[:2]),
@@ -146,6 +144,11 @@ class LSHSelfAttention(_FixedInEval):
             rotations=self._rotations_for(x.shape[1]),
         )
         return self.out_proj(_merge_heads(out, batch_first=True))
+
+    def project_heads(self, x):
+        """Queries, keys (None: shared) and values as [B, H, L, D]."""
+        qk, v = (_split_heads(proj(x), self.num_heads, batch_first=True) for proj in (self.qk_proj, self.v_proj))
+        return qk, None, v
 
 
 class LSHMultiheadAttention(_FixedInEval, nn.MultiheadAttention):
@@ -280,9 +283,7 @@ class LSHMultiheadAttention(_FixedInEval, nn.MultiheadAttention):
         if self.shared_qk and not (query is key or query.is_set_to(key)):
             raise ValueError("key: got another tensor than query, wanted the same (shared_qk=True is self-attention)")
 
-        q, k, v = self._project(query, key, value)
-        q, v = (_split_heads(x, self.num_heads, self.batch_first) for x in (q, v))
-        k = None if k is None else _split_heads(k, self.num_heads, self.batch_first)
+        q, k, v = self.project_heads(query, key, value)
         if exact:
             # one bucket that holds everything: the softmax over all keys
             config = LSHConfig(n_hashes=1, n_buckets=2, span="bucket", norm_eps=self.config.norm_eps)
@@ -302,6 +303,11 @@ class LSHMultiheadAttention(_FixedInEval, nn.MultiheadAttention):
         )
         out = self.out_proj(_merge_heads(out, self.batch_first or not batched))
         return (out if batched else out[0]), None
+
+    def project_heads(self, query, key, value):
+        """Queries, keys (None if shared) and values as [B, H, L, D]."""
+        projected = self._project(query, key, value)
+        return tuple(None if x is None else _split_heads(x, self.num_heads, self.batch_first) for x in projected)
 
     def _project(self, query, key, value):
         """Queries, keys and values in E; keys are None if shared."""

@@ -137,6 +137,25 @@ def sort_rounds(
     return SortedRounds(*sort(q_buckets, None), *sort(k_buckets, key_padding_mask))
 
 
+def head_walks(state: SortedRounds, b: int, heads: slice, kv_ids: Tensor, options: AttentionOptions) -> list[Walk]:
+    """The walks of some heads of batch element b, whose keys are those of the heads `kv_ids`."""
+    stretched = state.q_stretched[b, heads]
+    n, R, L = stretched.shape
+    if not options.hashed:
+        return walks_of([identity_round(n, L, False, options, stretched.device)], options)
+    shared = state.k_order is None
+    stretched = torch.where(stretched < 0, ~stretched, stretched)
+    rounds = []
+    for r in range(R):
+        q_order = state.q_order[b, heads, r]
+        k_pair = (q_order, stretched[:, r]) if shared else (state.k_order[b, kv_ids, r], state.k_stretched[b, kv_ids, r])
+        rounds.append(hashed_round(q_order, stretched[:, r], *k_pair, shared, options))
+    if options.local_window:
+        local = options._replace(span="window", window=options.local_window)
+        rounds.append(identity_round(n, L, shared, local, stretched.device))
+    return walks_of(rounds, options)
+
+
 # ------------------------------------------------------------------------------------------------------------------- combine
 def combine_rounds(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Weigh the rounds by softmax(lse). out [B,H,R,L,Dv], lse [B,H,R,L] -> (out [B,H,L,Dv], lse [B,H,L])."""
@@ -188,10 +207,10 @@ class _Heads:
 
     def __init__(self, tensors: _Tensors, b: int, first: int, n: int):
         o, self.tensors, self.b = tensors.options, tensors, b
-        query, state = tensors.query, tensors.state
+        query = tensors.query
         self.heads = slice(first, first + n)
-        self.n, L, device = n, query.shape[2], query.device
-        self.q_ids = torch.arange(first, first + n, device=device)
+        self.n = n
+        self.q_ids = torch.arange(first, first + n, device=query.device)
         self.kv_ids = self.q_ids // (query.shape[1] // tensors.value.shape[1])
         self.padding = None if tensors.padding is None else tensors.padding[b]  # [S]
         self.inverse_norm = None
@@ -201,23 +220,7 @@ class _Heads:
             unused = norm == 0 if self.padding is None else (norm == 0) | self.padding
             self.inverse_norm = inverse.masked_fill(unused, 0)
 
-        rounds = []
-        if o.hashed:
-            stretched = state.q_stretched[b, self.heads]
-            stretched = torch.where(stretched < 0, ~stretched, stretched)
-            for r in range(stretched.shape[1]):
-                q_order = state.q_order[b, self.heads, r]
-                if tensors.shared:
-                    pair = q_order, stretched[:, r]
-                else:
-                    pair = state.k_order[b, self.kv_ids, r], state.k_stretched[b, self.kv_ids, r]
-                rounds.append(hashed_round(q_order, stretched[:, r], *pair, tensors.shared, o))
-            if o.local_window:
-                local = o._replace(span="window", window=o.local_window)
-                rounds.append(identity_round(n, L, tensors.shared, local, device))
-        else:
-            rounds.append(identity_round(n, L, tensors.shared, o, device))
-        self.walks = walks_of(rounds, o)
+        self.walks = head_walks(tensors.state, b, self.heads, self.kv_ids, o)
 
 
 @dataclass(frozen=True)
