@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.py combine_rounds.py backends.py forward_costs.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-tritons test-gpu demo bench wheel clean
+.PHONY: help install lint format test test-tritons test-gpu demo diagnose bench wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ test-gpu: install  ## the tests that need a GPU
 
 demo: install  ## train a small language model with exact and with LSH attention, print a table, draw a picture
 	$(BIN)/python -m lsh_kernels demo
+
+diagnose: install  ## recall of attention by rounds and span, on layers that the demo trains, into out/diagnose/
+	$(BIN)/python -m lsh_kernels diagnose --out out/diagnose/shared_qk
+	$(BIN)/python -m lsh_kernels diagnose --model exact --out out/diagnose/exact
 
 bench: install  ## time attention on the CPU beside its peers, and profile it, into bench/results/
 	$(BIN)/python bench/attention.py

@@ -78,6 +78,10 @@ def test_demo_end_to_end(tmp_path):
     assert [(row["model"], row["step"]) for row in losses] == [(name, step) for name in NAMES for step in "12"]
     assert float(losses[-1]["heldout_bits_per_byte"]) == results["models"][NAMES[-1]]["heldout"][-1]["bits_per_byte"]
     assert len(rows(tmp_path / "layer.csv")) == 15
+    for name in NAMES:
+        saved = torch.load(tmp_path / demo.weights_name(name), weights_only=True)
+        assert saved["model"] == name and saved["options"] == results["options"]
+        demo.build_model(name, SimpleNamespace(**saved["options"])).load_state_dict(saved["state_dict"])
 
     # nothing of this machine but what the numbers need
     written = " ".join((tmp_path / name).read_text() for name in ("results.json", "losses.csv", "layer.csv"))

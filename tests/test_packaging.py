@@ -132,6 +132,7 @@ def test_packaging_doctor_says_what_is_there(installed):
 def test_packaging_command_line_explains_itself(installed):
     assert "doctor" in run("-m", "lsh_kernels", "--help") and "demo" in run("-m", "lsh_kernels", "--help")
     assert "--steps" in run("-m", "lsh_kernels", "demo", "--help")
+    assert "--rounds" in run("-m", "lsh_kernels", "diagnose", "--help")
     assert "usage" in run("-m", "lsh_kernels", status=2)
     assert "no_such_command" in run("-m", "lsh_kernels", "no_such_command", status=2)
     assert "--no-such-option" in run("-m", "lsh_kernels", "doctor", "--no-such-option", status=2)

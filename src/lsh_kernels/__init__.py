@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lsh_kernels import reference
+    from lsh_kernels import diagnostics, reference
     from lsh_kernels.config import LSHConfig
     from lsh_kernels.functional import (
         bucket_sort,
@@ -27,6 +27,7 @@ __all__ = [
     "LSHSelfAttention",
     "bucket_sort",
     "combine_rounds",
+    "diagnostics",
     "local_attention",
     "lsh_attention",
     "lsh_hash",
@@ -46,8 +47,8 @@ _MODULE_OF = {
 def __getattr__(name):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "reference":
-        return import_module(f"{__name__}.reference")
+    if name in ("diagnostics", "reference"):
+        return import_module(f"{__name__}.{name}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF.get(name, 'functional')}"), name)
     globals()[name] = value
     return value

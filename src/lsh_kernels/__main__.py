@@ -1,4 +1,4 @@
-"""Command line: `python -m lsh_kernels doctor` and `python -m lsh_kernels demo`."""
+"""Command line: `python -m lsh_kernels` with `doctor`, `demo` or `diagnose`."""
 
 import argparse
 import platform
@@ -14,13 +14,12 @@ def main(argv=None):
     parser.add_argument("--version", action="version", version=f"lsh_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="versions, devices, and which backend runs on each")
-    # the demo reads its own options, --help included
+    # these read their own options, --help included
     commands.add_parser("demo", help="train a small language model, exact attention beside LSH", add_help=False)
+    commands.add_parser("diagnose", help="how much of exact attention LSH attention keeps, by rounds and span", add_help=False)
     options, rest = parser.parse_known_args(argv)
-    if options.command == "demo":
-        from lsh_kernels import demo
-
-        return demo.main(rest)
+    if options.command in ("demo", "diagnose"):
+        return import_module(f"lsh_kernels.{options.command}").main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return doctor()

@@ -45,7 +45,7 @@ MODELS = {"exact": None, "LSH, shared QK": True, "LSH, separate keys": False}
 
 
 def main(argv=None) -> int:
-    """Train, time, print the table, write `results.json`, `losses.csv`, `layer.csv` and `demo.png`.
+    """Train, time, print the table, write `results.json`, `losses.csv`, `layer.csv`, `demo.png` and each model's weights.
 
     Returns 0; after Ctrl-C 130, with everything measured so far printed and written.
     """
@@ -142,7 +142,7 @@ def _train(send, name, options):
     """Train one model.
 
     Sends ("text", facts), then ("step", step, bits, seconds) and ("heldout", step, bits), last ("peak", bytes). Bits
-    are per byte; `seconds` is one optimizer step: forward, backward, update.
+    are per byte; `seconds` is one optimizer step: forward, backward, update. Writes the weights to `options.out`.
     """
     train, heldout = (torch.from_numpy(part) for part in corpus())
     heldout = windows(heldout, options.length)  # [N_HELDOUT, L + 1]
@@ -168,6 +168,13 @@ def _train(send, name, options):
             model.train()
             send(("heldout", step, loss / math.log(2)))
     send(("peak", _peak() - resting))
+    settings = {option: value for option, value in vars(options).items() if option != "out"}
+    torch.save({"model": name, "options": settings, "state_dict": model.state_dict()}, options.out / weights_name(name))
+
+
+def weights_name(name) -> str:
+    """The file of a model's trained weights, which `python -m lsh_kernels diagnose` reads."""
+    return re.sub(r"\W+", "_", name.lower()) + ".pt"
 
 
 def _time_layer(send, name, lengths, seed):
