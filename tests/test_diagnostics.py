@@ -78,7 +78,7 @@ def one_bucket(inputs):
 
 
 def dense(inputs, config, buckets, scale):
-    """Recall, cosine error, number of keys and exact attention's keys, straight from the definitions."""
+    """Recall, cosine error, number of keys and perplexity, straight from the definitions."""
     query, key, value, causal, mask, _ = inputs
     (L, S), shared = (query.shape[2], value.shape[2]), key is None
     arguments = {"is_causal": causal, "key_padding_mask": mask}
@@ -94,9 +94,10 @@ def dense(inputs, config, buckets, scale):
     got, _ = reference.lsh_attention(query, key, value, config=config, buckets=buckets, scale=scale, **arguments)
     full = value if mask is None else value.masked_fill(mask[:, None, :, None], 0)
     error = 1 - F.cosine_similarity(got, probs @ full.repeat_interleave(H // value.shape[1], 1), dim=-1)
+    perplexity = (1 / probs.pow(probs)).prod(-1)
     if mask is not None and L == S:
-        recall, error = (x.masked_fill(mask[:, None], math.nan) for x in (recall, error))
-    return recall, error, seen.sum(-1)
+        recall, error, perplexity = (x.masked_fill(mask[:, None], math.nan) for x in (recall, error, perplexity))
+    return recall, error, seen.sum(-1), perplexity
 
 
 @pytest.mark.parametrize("L, S, span, local, shared, causal, padded", CASES)
@@ -106,10 +107,11 @@ def test_recall_agrees_with_the_oracle(L, S, span, local, shared, causal, padded
     inputs = make_inputs(L, S, shared, causal, padded)
     buckets = hash_buckets(inputs)
     found = attention_recall(inputs, config, scale=0.7, buckets=buckets)
-    recall, error, n_keys = dense(inputs, config, buckets, 0.7)
+    recall, error, n_keys, perplexity = dense(inputs, config, buckets, 0.7)
     assert torch.equal(found.queries, torch.arange(L)) and torch.equal(found.n_keys, n_keys)
     torch.testing.assert_close(found.recall, recall, rtol=1e-10, atol=1e-12, equal_nan=True)
     torch.testing.assert_close(found.cosine_error, error, rtol=1e-8, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(found.perplexity, perplexity, rtol=1e-10, atol=0, equal_nan=True)
 
 
 def test_recall_cases_meet_every_kind_of_query():
@@ -141,6 +143,11 @@ def test_recall_is_1_and_the_output_exact_where_all_keys_are_candidates(config, 
     assert (found.bucket_sizes == 61).all()
 
 
+def test_perplexity_of_even_attention_is_the_number_of_keys():
+    found = attention_recall(AttentionInputs(torch.zeros(1, 1, 9, 4), torch.randn(1, 1, 9, 4), is_causal=True))
+    torch.testing.assert_close(found.perplexity[0, 0], torch.arange(1.0, 10))
+
+
 def test_recall_of_fewer_rounds_is_part_of_that_of_more():
     inputs = make_inputs(200, 200, True, True, False)
     found = [attention_recall(inputs, LSHConfig(n_hashes=rounds, window=8)) for rounds in (1, 2, 4)]
@@ -156,7 +163,7 @@ def test_recall_of_sampled_queries_is_theirs_among_all(shared):
     every = attention_recall(inputs, LSHConfig(window=5), seed=3)
     some = attention_recall(inputs, LSHConfig(window=5), seed=3, n_queries=10)
     assert len(set(some.queries.tolist())) == 10 and some.queries.tolist() == sorted(some.queries.tolist())
-    for name in ("recall", "cosine_error", "n_keys", "bucket_sizes"):
+    for name in ("recall", "cosine_error", "n_keys", "perplexity", "bucket_sizes"):
         torch.testing.assert_close(getattr(some, name), getattr(every, name)[..., some.queries], equal_nan=True)
     again, other = (attention_recall(inputs, LSHConfig(window=5), seed=seed, n_queries=10) for seed in (3, 4))
     assert torch.equal(again.queries, some.queries) and torch.equal(again.n_keys, some.n_keys)
@@ -458,6 +465,7 @@ def test_diagnose_tensors(suffix, tmp_path, capsys):
         assert saved["recall"] == float(row["recall"]) == pytest.approx(recall.nanmean().item())
         assert saved["recall_p10"] == pytest.approx(recall.nanquantile(0.1).item(), abs=0.02)
         assert saved["cosine_error"] == pytest.approx(found.cosine_error[:, saved["head"]].nanmean().item())
+        assert saved["perplexity"] == pytest.approx(found.perplexity[:, saved["head"]].nanmean().item())
         assert saved["n_queries"] == (~recall.isnan()).sum() < 100
     text = capsys.readouterr().out
     mean = np.mean([row["recall"] for row in results["rows"] if (row["local_window"], row["n_hashes"]) == (4, 1)])

@@ -183,6 +183,7 @@ def _rows(layer, config, found):
             "recall_p10": recall[len(recall) // 10].item(),
             "cosine_error": None if found.cosine_error is None else found.cosine_error[:, head][known].mean().item(),
             "n_keys": found.n_keys[:, head][known].double().mean().item(),
+            "perplexity": found.perplexity[:, head][known].mean().item(),
         }
 
 
@@ -230,6 +231,9 @@ def table(results) -> str:
             cells = (by_rounds.get(R, {}).get(name) for R in rounds)
             lines.append(f"{_label(*key):30}" + "".join(f"{'-' if x is None else format(x, form):>10}" for x in cells))
     lines += ["", *(rounds_needed(means, window) for span, window in means if span == "window")]
+    if results["rows"]:
+        perplexity = statistics.fmean(row["perplexity"] for row in results["rows"])
+        lines.append(f"exact attention is as spread out as over {perplexity:,.0f} equally heavy keys per query")
     where = results["machine"]
     lines += [
         f"means over queries, {len(results['layers'])} layers and their heads; {results['source']}",
@@ -243,7 +247,7 @@ def _write(out, results):
     (out / "diagnosis.json").write_text(json.dumps(results, indent=1) + "\n")
     with open(out / "recall.csv", "w", newline="") as file:
         rows = csv.DictWriter(file, ["layer", "head", "span", "local_window", "n_hashes", "n_queries", "recall", "recall_p10",
-                                     "cosine_error", "n_keys"])  # fmt: skip
+                                     "cosine_error", "n_keys", "perplexity"])  # fmt: skip
         rows.writeheader()
         rows.writerows(results["rows"])
     try:
@@ -281,11 +285,12 @@ def plot(figure, results):
     rows = [row for row in results["rows"] if (row["span"], row["local_window"], row["n_hashes"]) == (span, window, last)]
     grid = np.full((max(len(names), 1), 1 + max((row["head"] for row in rows), default=0)), np.nan)
     for row in rows:
-        grid[names.index(row["layer"]), row["head"]] = row["recall"]
+        y, x, share = names.index(row["layer"]), row["head"], row["recall"]
+        grid[y, x] = share
+        text = f"{share:.2f}\n({row['perplexity']:,.0f})"
+        heads.text(x, y, text, ha="center", va="center", color="black" if share > 0.5 else "white")
     heads.imshow(grid, cmap="gray", vmin=0, vmax=1, aspect="auto")
-    for (y, x), share in np.ndenumerate(grid):
-        heads.text(x, y, f"{share:.2f}", ha="center", va="center", color="black" if share > 0.5 else "white")
-    heads.set(title=f"softmax mass by layer and head: {_label(span, window)}, R = {last}", xlabel="head")
+    heads.set(title=f"{_label(span, window)}, R = {last}: softmax mass (perplexity of exact attention)", xlabel="head")
     heads.set_xticks(range(grid.shape[1]))
     heads.set_yticks(range(len(names)), names)
 

@@ -47,6 +47,7 @@ class AttentionRecall(NamedTuple):
     recall: Tensor  # [B, H, M]: share of the exact softmax mass on keys that LSH attention sees, 0 to 1
     cosine_error: Tensor | None  # [B, H, M]: 1 - cos(LSH output, exact output), 0 to 2; None without values
     n_keys: Tensor  # [B, H, M] int64: distinct keys that LSH attention sees
+    perplexity: Tensor  # [B, H, M]: exp(entropy) of exact attention; as many keys, equally heavy, would be as spread out
     bucket_sizes: Tensor  # [B, H, R, M] int64: keys in the query's bucket per round; a shared key counts for itself too
 
 
@@ -65,8 +66,8 @@ def attention_recall(
     E_i are the keys that exact attention sees: no padding, none after i if causal, not i itself if shared. C_i are those of
     them that `lsh_attention` sees in any round; without any, its own key where keys are separate and L = S. With p_ij the
     softmax of the logits s_ij of `lsh_attention` over all of E_i, `recall_i = sum of p_ij over C_i`. Where E_i is empty, and
-    where query i is itself padding (L = S), recall and error are NaN. A key found several times is one key, also where
-    `config.dedupe` is off; the output, which is that of `lsh_attention`, weighs it as the config says.
+    where query i is itself padding (L = S), recall, error and perplexity are NaN. A key found several times is one key, also
+    where `config.dedupe` is off; the output, which is that of `lsh_attention`, weighs it as the config says.
 
     Args:
         inputs: from `capture_attention`, or made by hand.
@@ -121,7 +122,7 @@ def attention_recall(
     sizes = counts.gather(3, q_buckets[..., queries].long().clamp(0, counts.shape[3] - 1))
     options = config.options(factors, is_causal=is_causal, dropout_p=0.0, scale=scale)
     state = sort_rounds(q_buckets, None if shared else k_buckets, padding, options, S)
-    recall, error = torch.full((2, B, H, len(queries)), math.nan, dtype=dtype, device=device)
+    recall, error, perplexity = torch.full((3, B, H, len(queries)), math.nan, dtype=dtype, device=device)
     n_keys = torch.empty(recall.shape, dtype=torch.int64, device=device)
     for b, h in product(range(B), range(H)):
         walks = head_walks(state, b, slice(h, h + 1), torch.tensor([h // group], device=device), options)
@@ -138,14 +139,15 @@ def attention_recall(
                 seen[own] |= ~seen.any(1) & ~hidden[own]
             recall[b, h, rows] = (probs * seen).sum(1).clamp(max=1)
             n_keys[b, h, rows] = seen.sum(1)
+            perplexity[b, h, rows] = torch.special.entr(probs).sum(1).exp()
             if value is not None:
                 v = value[b, h // group].to(dtype)
                 exact = probs @ (v if padding is None else v.masked_fill(padding[b][:, None], 0))
                 error[b, h, rows] = (1 - F.cosine_similarity(out[b, h, i].to(dtype), exact, dim=1)).clamp(min=0)
     if padding is not None and L == S:
-        for x in (recall, error):
+        for x in (recall, error, perplexity):
             x.masked_fill_(padding[:, None, queries], math.nan)
-    return AttentionRecall(queries, recall, None if value is None else error, n_keys, sizes)
+    return AttentionRecall(queries, recall, None if value is None else error, n_keys, perplexity, sizes)
 
 
 def _unit(x: Tensor, norm_eps: float) -> Tensor:
