@@ -338,8 +338,10 @@ def test_capture_knows_the_causal_mask(kind, exact_below, mask):
     hint = mask == "hint" or kind != "plain" and not exact_below
     layer, x = mha(kind, batch_first=True), torch.randn(1, 50, 32)
     layer.exact_below = exact_below
+    # beside the hint the mask is not read
+    attn_mask = torch.zeros(50, 50) if mask == "hint" else causal_mask(mask)
     with capture_attention(layer) as calls:
-        layer(x, x, x, attn_mask=causal_mask(mask), is_causal=hint, need_weights=False)
+        layer(x, x, x, attn_mask=attn_mask, is_causal=hint, need_weights=False)
     assert calls[""].is_causal
 
 
@@ -465,8 +467,10 @@ def test_diagnose_tensors(suffix, tmp_path, capsys):
         assert saved["recall"] == float(row["recall"]) == pytest.approx(recall.nanmean().item())
         assert saved["recall_p10"] == pytest.approx(recall.nanquantile(0.1).item(), abs=0.02)
         assert saved["cosine_error"] == pytest.approx(found.cosine_error[:, saved["head"]].nanmean().item())
+        known = ~recall.isnan()
+        assert saved["n_keys"] == pytest.approx(found.n_keys[:, saved["head"]][known].double().mean().item())
         assert saved["perplexity"] == pytest.approx(found.perplexity[:, saved["head"]].nanmean().item())
-        assert saved["n_queries"] == (~recall.isnan()).sum() < 100
+        assert saved["n_queries"] == known.sum() < 100
     text = capsys.readouterr().out
     mean = np.mean([row["recall"] for row in results["rows"] if (row["local_window"], row["n_hashes"]) == (4, 1)])
     assert f"window + local 4{mean:24.3f}" in text
@@ -578,6 +582,7 @@ def test_diagnose_says_how_many_rounds_it_takes():
         (["--rounds", "0"], "n_hashes: got 0, wanted >= 1"),
         (["--n-buckets", "3"], "n_buckets: got"),
         (["--local-window", "-1"], "--local-window: got -1, wanted >= 0"),
+        (["missing.pt"], "FILE: got missing.pt, which is no file"),
     ],
 )
 def test_diagnose_checks_its_options(arguments, message, capsys):

@@ -43,7 +43,7 @@ def main(argv=None) -> int:
             "source": source,
             "options": {
                 name: getattr(options, name)
-                for name in ("rounds", "spans", "local_window", "chunk_length", "n_buckets", "queries", "seed")
+                for name in ("causal", "rounds", "spans", "local_window", "chunk_length", "n_buckets", "queries", "seed")
             },
             "layers": {},
             "rows": [],
@@ -84,6 +84,8 @@ def _parse(argv):
     for name, least in (("length", 16), ("steps", 1), ("layers", 1), ("queries", 1), ("local_window", 0)):
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')}: got {getattr(options, name)}, wanted >= {least}")
+    if options.file is not None and not options.file.is_file():
+        parser.error(f"FILE: got {options.file}, which is no file")
     try:
         _grid(LSHConfig(), options)
     except ValueError as error:
