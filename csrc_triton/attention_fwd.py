@@ -92,7 +92,7 @@ def _attention_fwd_kernel(
 
     if MODE.HASHED:
         # with wrap slots count through all rounds
-        k_order_ptr += pid_kv * MODE.R * S + (0 if MODE.WRAP else r * S)
+        k_order_ptr += (pid_kv * MODE.R + (0 if MODE.WRAP else r)) * S
     k_ptr += b * k_strides[0] + h // (H // HKV) * k_strides[1]
     v_ptr += b * v_strides[0] + h // (H // HKV) * v_strides[1]
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -342,7 +342,7 @@ def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inv
     coords, limits = interval_tables(state, mode, n_buckets, L, S)
     out = torch.empty((B, H, mode.ROUNDS, L, Dv), dtype=query.dtype, device=query.device)
     lse = torch.empty((B, H, mode.ROUNDS, L), dtype=torch.float32, device=query.device)
-    tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype)
+    tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode.DEDUPE)
     keys = query if shared else key
     keep_from, keep_scale = dropout_args(o.dropout_p)
     _attention_fwd_kernel[(B * H * mode.ROUNDS * ceil_div(L, tile.M),)](
@@ -380,8 +380,6 @@ def interval_tables(state, mode, n_buckets, L, S):
     if mode.WITHIN_BUCKET or has_coords:
         # so far apart that the reach of a query leads from no bucket to another
         gap = min(max(mode.BEFORE, mode.AFTER), ceil_div(S, mode.CHUNK)) + 1
-        if has_coords and (n_buckets + 2) * gap + S >= 2**30:
-            raise ValueError(f"options: got reach {gap} with {n_buckets} buckets, wanted (N + 2) * reach + S < 2^30")
         n_rows = order.shape[0] * order.shape[1] * R
         _bucket_bounds_kernel[(n_rows * ceil_div(S, block),)](
             order, stretched, bounds, coords, S, n_buckets, gap, MODE=mode, HAS_COORDS=has_coords, BLOCK=block
@@ -409,12 +407,14 @@ def inverse_norms(x, key_padding_mask, norm_eps=0.0):
     return out
 
 
-def _launch_config(D, Dv, dtype):
+def _launch_config(D, Dv, dtype, dedupe):
     """(tile, num_warps, num_stages). Cost follows the tiles walked, not the window: small key tiles win."""
     block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
     widest = max(block_d, block_dv)
-    # IEEE fp32 products go through the FMA units and hold their operands in registers
-    block_m = 32 if dtype == torch.float32 or widest > 128 else 64
+    # IEEE fp32 products go through the FMA units and hold their operands in registers; at 128 dims so do the intervals of
+    # other rounds, while without them sm_80 and sm_90 spill with 32 rows and not with 64
+    small = dtype == torch.float32 or widest > 128 or (widest == 128 and dedupe)
+    block_m = 32 if small else 64
     return Tile(D, Dv, block_d, block_dv, block_m, 32 if widest <= 128 else 16), 4, 2
 
 
@@ -443,8 +443,6 @@ def _check(query, key, value, key_padding_mask, seed, state, options, inverse_no
     if not options.hashed:
         return
     R = state.q_order.shape[2]
-    if options.wrap and R * L >= 2**28:
-        raise ValueError(f"query: got {R} rounds of {L} slots, wanted less than 2^28 slots in a cycle (wrap)")
     rounds = [(state.q_order, (B, H, R, L)), (state.q_stretched, (B, H, R, L))]
     if key is not None:
         rounds += [(state.k_order, (B, Hkv, R, S)), (state.k_stretched, (B, Hkv, R, S))]

@@ -363,6 +363,7 @@ def x(*shape, **options):
 
 
 Q, S, L = x(2, 4, 10, 8), x(2, 4, 5, 8), x(1, 1, 60_000, 1)
+LONGEST = x(1, 1, 1, 1).expand(1, 1, 2**24, 1)
 ERRORS = [
     (TypeError, "query: got list", lambda: lsh_attention([1], None, Q)),
     (ValueError, r"query: got shape \(10, 8\)", lambda: lsh_attention(Q[0, 0], None, Q)),
@@ -385,6 +386,16 @@ ERRORS = [
     (TypeError, "rotations: got torch.int64", lambda: lsh_attention(Q, None, Q, rotations=x(4, 8, 4, 1).long())),
     (TypeError, "rotations: got list", lambda: lsh_hash(Q, [1], 2)),
     (ValueError, "2\\^30", lambda: lsh_attention(L, None, L, config=LSHConfig(window=60_000, n_buckets=32_768))),
+    (
+        ValueError,
+        "config: got a reach of 40000 chunks with 32768 buckets",
+        lambda: lsh_attention(L, None, L, config=LSHConfig.paper(n_buckets=32_768, chunk_length=1, chunks_before=40_000)),
+    ),
+    (
+        ValueError,
+        "config: got 9 rounds of 16777216 keys with wrap",
+        lambda: lsh_attention(LONGEST, None, LONGEST, config=LSHConfig.trax(n_hashes=9)),
+    ),
     (TypeError, "chunk_length: got 2.5", lambda: local_attention(Q, Q, Q, chunk_length=2.5)),
     (TypeError, "dropout_p: got 'a'", lambda: lsh_attention(Q, None, Q, dropout_p="a")),
     (ValueError, "head_dim: got 0", lambda: random_rotations(0, 2, 4)),

@@ -32,7 +32,9 @@ def combine_rounds(length, n_hashes, head_dim, dtype, n_heads=2):
     combine_rounds(torch.zeros(*lse.shape, head_dim, dtype=dtype), lse)
 
 
-def attention_fwd(length=1024, head_dim=64, dtype=torch.float16, causal=True, keys="shared", mask=False, dropout_p=0.0, **fields):
+def attention_fwd(
+    length=1024, head_dim=64, dtype=torch.float16, causal=True, keys="shared", mask=False, dropout_p=0.0, value_dim=None, **fields
+):  # fmt: skip
     from lsh_kernels.config import AttentionOptions, LSHConfig
     from lsh_kernels.csrc_triton.attention_fwd import attention_fwd
     from lsh_kernels.torch_backend import SortedRounds
@@ -43,7 +45,8 @@ def attention_fwd(length=1024, head_dim=64, dtype=torch.float16, causal=True, ke
         c.within_bucket, c.dedupe, c.wrap, c.local_window, c.norm_eps, causal, dropout_p, 1.0,
     )  # fmt: skip
     n_heads, n_kv_heads = 4, 2 if keys == "grouped" else 4
-    query, value = (torch.zeros(1, n, length, head_dim, dtype=dtype) for n in (n_heads, n_kv_heads))
+    query, key = (torch.zeros(1, n, length, head_dim, dtype=dtype) for n in (n_heads, n_kv_heads))
+    value = torch.zeros(1, n_kv_heads, length, value_dim or head_dim, dtype=dtype)
     q_order, k_order = (torch.zeros(1, n, c.n_hashes, length, dtype=torch.int32) for n in (n_heads, n_kv_heads))
     padding = torch.zeros(1, length, dtype=torch.bool) if mask else None
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
@@ -51,7 +54,7 @@ def attention_fwd(length=1024, head_dim=64, dtype=torch.float16, causal=True, ke
         state, norm = SortedRounds(q_order, q_order, None, None), torch.zeros(1, n_heads, length)
         attention_fwd(query, None, value, padding, seed, state, options, norm)
     else:
-        attention_fwd(query, value, value, padding, seed, SortedRounds(q_order, q_order, k_order, k_order), options)
+        attention_fwd(query, key, value, padding, seed, SortedRounds(q_order, q_order, k_order, k_order), options)
 
 
 def hash_sort(length=1024, head_dim=64, dtype=torch.bfloat16, factors=(32, 64), mask=False):
@@ -82,6 +85,27 @@ LAUNCHES = {
     "attention_fwd-bf16-D64-all": (
         lambda: attention_fwd(dtype=torch.bfloat16, span="chunk", mask=True, dropout_p=0.1, local_window=8),
         4 * 4096,
+    ),
+    "attention_fwd-bf16-D128-separate": (
+        lambda: attention_fwd(head_dim=128, dtype=torch.bfloat16, keys="separate"),
+        8 * 4096,
+    ),
+    "attention_fwd-fp16-D128-8-rounds": (lambda: attention_fwd(head_dim=128, n_hashes=8), 8 * 4096),
+    "attention_fwd-bf16-D128-separate-8-rounds-dropout": (
+        lambda: attention_fwd(
+            head_dim=128, dtype=torch.bfloat16, keys="separate", causal=False, mask=True, dropout_p=0.1, n_hashes=8
+        ),
+        8 * 4096,
+    ),
+    "attention_fwd-fp16-D128-across-local-dropout": (
+        lambda: attention_fwd(
+            head_dim=128, keys="separate", dropout_p=0.1, n_hashes=8, span="chunk", within_bucket=False, local_window=8
+        ),
+        8 * 4096,
+    ),
+    "attention_fwd-fp16-D33-values-of-100": (
+        lambda: attention_fwd(1021, 33, causal=False, keys="separate", value_dim=100, n_hashes=8),
+        0,
     ),
     "attention_fwd-fp32-D64": (lambda: attention_fwd(dtype=torch.float32), 4 * 4096),
     "hash_sort-bf16-D64": (lambda: hash_sort(), 256 * 128),

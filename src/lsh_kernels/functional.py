@@ -97,10 +97,7 @@ def lsh_attention(
             raise ValueError(f"{name}: got query length {L} and key length {S}, wanted equal lengths")
     factors = config.factors(S)
     n_buckets = math.prod(factors)
-    if S + (n_buckets + 1) * (min(config.window_length, S) + 1) >= 2**30:
-        raise ValueError(
-            f"config: got window {config.window_length} with {n_buckets} buckets and {S} keys, wanted S + N * (W + 1) below 2^30"
-        )
+    _check_slots(config, n_buckets, S)
     if buckets is not None and rotations is not None:
         raise ValueError("buckets and rotations: got both, wanted one (buckets replace hashing)")
     q_buckets, k_buckets = _check_buckets(
@@ -295,7 +292,6 @@ def combine_rounds(out: Tensor, lse: Tensor, *, backend: str = "auto") -> tuple[
     return torch.ops.lsh_kernels.combine_rounds(out, lse, choose_backend(backend, out))
 
 
-# --------------------------------------------------------------------------------------------------------------- backends
 def triton_problem(tensor: Tensor | None = None) -> str | None:
     """Why the Triton backend can't run (on `tensor`), or None if it can."""
     if not _HAS_TRITON:
@@ -326,7 +322,6 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
     return "torch"
 
 
-# ----------------------------------------------------------------------------------------------------------------- checks
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         _check_head_tensor(name, x)
@@ -373,6 +368,22 @@ def _check_padding(mask: Tensor | None, batch: int, length: int, device: torch.d
         raise ValueError(f"key_padding_mask: got shape {tuple(mask.shape)}, wanted ({batch}, {length})")
     if mask.device != device:
         raise ValueError(f"key_padding_mask: got a tensor on {mask.device}, wanted {device}")
+
+
+def _check_slots(config: LSHConfig, n_buckets: int, S: int) -> None:
+    """Slots and what dedupe compares must fit into int32, with room for differences."""
+    if S + (n_buckets + 1) * (min(config.window_length, S) + 1) >= 2**30:
+        raise ValueError(
+            f"config: got window {config.window_length} with {n_buckets} buckets and {S} keys, wanted S + N * (W + 1) below 2^30"
+        )
+    reach = min(max(config.chunks_before, config.chunks_after), -(-S // config.chunk_length)) + 1
+    if config.span == "chunk" and config.within_bucket and config.dedupe and S + (n_buckets + 2) * reach >= 2**30:
+        raise ValueError(
+            f"config: got a reach of {reach - 1} chunks with {n_buckets} buckets and {S} keys, wanted S + (N + 2) * (reach + 1) "
+            "below 2^30"
+        )
+    if config.wrap and config.n_hashes * S > 2**27:
+        raise ValueError(f"config: got {config.n_hashes} rounds of {S} keys with wrap, wanted R * S <= 2^27")
 
 
 def _check_numbers(dropout_p: float, scale: float | None, default_scale: float) -> tuple[float, float]:
