@@ -34,6 +34,22 @@ def test_backends_agree_on_outputs_and_gradients(name, shared, padded, device):
         torch.testing.assert_close(triton, twin, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_triton_adds_norm_eps_to_the_mean_square(padded, device):
+    """As much of it as changes every logit; 1/norm comes from the hash kernel."""
+    config = LSHConfig(n_hashes=2, n_buckets=4, norm_eps=0.5)
+    qk, v = torch.randn(2, B, H, L, D, device=device)
+    mask = torch.rand(B, L, device=device) < 0.2 if padded else None
+    rotations = random_rotations(D, 4, 2, device=device)
+    out, lse = lsh_attention(
+        qk, None, v, config=config, key_padding_mask=mask, rotations=rotations, return_lse=True, backend="triton"
+    )
+    buckets = lsh_hash(qk, rotations, 4)
+    true_out, true_lse = reference.lsh_attention(qk, None, v, config=config, key_padding_mask=mask, buckets=buckets)
+    torch.testing.assert_close(out.double(), true_out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_triton_local_attention_agrees_with_the_oracle(device):
     query, key, value = torch.randn(3, B, H, L, D, device=device)
     out, lse = local_attention(query, key, value, window=5, return_lse=True, backend="triton")
