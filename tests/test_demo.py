@@ -145,7 +145,7 @@ def fail_in_child(send, name):
 
 
 def test_demo_says_when_a_process_dies():
-    messages = demo._messages(fail_in_child, ("exact",))
+    messages = demo.messages(fail_in_child, ("exact",))
     assert next(messages) == "exact"
     with pytest.raises(RuntimeError, match="exit code 7"):
         next(messages)
@@ -153,7 +153,7 @@ def test_demo_says_when_a_process_dies():
 
 def test_demo_ctrl_c_is_the_parents():
     before = signal.getsignal(signal.SIGINT)
-    assert list(demo._messages(report_handler, ())) == [signal.SIG_IGN]
+    assert list(demo.messages(report_handler, ())) == [signal.SIG_IGN]
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -258,7 +258,7 @@ def fastpath(send):
 
 
 def test_demo_processes_have_no_fast_path():
-    assert list(demo._messages(fastpath, ())) == [False]
+    assert list(demo.messages(fastpath, ())) == [False]
 
 
 def test_demo_exact_attention_takes_the_flash_kernel(monkeypatch):

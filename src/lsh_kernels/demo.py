@@ -91,7 +91,7 @@ def _measure(options, results):
     for name in MODELS:
         rows = results["models"][name] = {"train": [], "heldout": []}
         with tqdm(total=options.steps, desc=f"training {name}", unit="step") as bar:
-            for kind, *row in _messages(_train, (name, options)):
+            for kind, *row in messages(train, (name, options)):
                 if kind == "step":
                     rows["train"].append(dict(zip(("step", "bits_per_byte", "seconds"), row, strict=True)))
                     bar.set_postfix_str(f"{row[1]:.2f} bits/byte", refresh=False)
@@ -106,12 +106,12 @@ def _measure(options, results):
     for name in MODELS:
         rows = results["layer"][name] = []
         with tqdm(total=len(lengths), desc=f"one layer, {name}", unit="length") as bar:
-            for row in _messages(_time_layer, (name, lengths, options.seed)):
+            for row in messages(_time_layer, (name, lengths, options.seed)):
                 rows.append(dict(zip(("length", "seconds", "peak_bytes"), row, strict=True)))
                 bar.update()
 
 
-def _messages(worker, args):
+def messages(worker, args):
     """Run `worker(send, *args)` in a fresh process and yield what it sends."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -138,7 +138,7 @@ def _run(worker, sender, args):
     worker(sender.send, *args)
 
 
-def _train(send, name, options):
+def train(send, name, options):
     """Train one model.
 
     Sends ("text", facts), then ("step", step, bits, seconds) and ("heldout", step, bits), last ("peak", bytes). Bits

@@ -125,7 +125,7 @@ def _train(options):
     """Train the demo's model in a process of its own; the path of its weights."""
     settings = {name: getattr(options, name) for name in ("length", "steps", "layers", "seed", "out")}
     with tqdm(total=options.steps, desc=f"training {options.model}", unit="step") as bar:
-        for kind, *row in demo._messages(demo._train, (options.model, SimpleNamespace(**settings))):
+        for kind, *row in demo.messages(demo.train, (options.model, SimpleNamespace(**settings))):
             if kind == "step":
                 bar.set_postfix_str(f"{row[1]:.2f} bits/byte", refresh=False)
                 bar.update()
