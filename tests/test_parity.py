@@ -134,7 +134,7 @@ def check(out, wanted, leaves, atol=ATOL, rows=None):
 SHAPES = [(16, 8, 1), (32, 8, 2), (48, 8, 3), (24, 4, 4), (40, 4, 1)]
 
 
-# ---- trax: chunks of all rounds in one cycle, across buckets, copies counted
+# trax: chunks of all rounds in one cycle, across buckets, copies counted
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -208,7 +208,7 @@ def test_trax_equals_hugging_face_up_to_one_chunk(ours, length, causal):
     check(out, wanted, (q, v))
 
 
-# ---- paper: within the bucket, pairs counted once
+# paper: within the bucket, pairs counted once
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -242,7 +242,7 @@ def test_paper_counting_copies_equals_reformer_pytorch(ours, causal):
     check(out, wanted, (q, v))
 
 
-# ---- local attention
+# local attention
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])

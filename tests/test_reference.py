@@ -40,7 +40,7 @@ def shared_seen(config, *rounds, is_causal=False, padded=()):
     return seen(counts)
 
 
-# ---- hashing and sorting
+# hashing and sorting
 
 
 def test_lsh_hash_is_the_argmax_of_the_projections_and_their_negatives():
@@ -83,7 +83,7 @@ def test_bucket_sort_is_stable_clamps_and_puts_padding_last():
     assert order.dtype == torch.int32
 
 
-# ---- candidates, by hand. Order of the keys in all of these: 0 2 4 5 7 | 1 3 6
+# candidates, by hand. Order of the keys in all of these: 0 2 4 5 7 | 1 3 6
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_candidates_separate_keys_of_the_same_length():
     assert separate_seen(local, q_buckets, k_buckets, is_causal=True) == ["0", "01", "012", "23", "034"]
 
 
-# ---- candidates, against loops over slots
+# candidates, against loops over slots
 
 
 def orders_by_hand(buckets, padded, n_buckets):
@@ -323,7 +323,7 @@ def test_candidates_equal_a_walk_over_slots(span, shared):
                     assert counts[0, h].tolist() == wanted
 
 
-# ---- outputs and lse, against loops
+# outputs and lse, against loops
 
 
 def softmax_by_hand(q, k, v, N, scale):
@@ -414,7 +414,7 @@ def test_lsh_attention_from_rotations_equals_that_from_buckets():
     )
 
 
-# ---- rows without another key
+# rows without another key
 
 
 def test_lsh_attention_shared_token_alone_attends_itself():
@@ -499,7 +499,7 @@ def test_a_padded_query_without_target_gets_no_fallback_key():
     assert lse.isfinite().flatten().tolist() == [True, False, True]
 
 
-# ---- normalisation, gradients, dtypes, padding
+# normalisation, gradients, dtypes, padding
 
 
 @pytest.mark.parametrize("norm_eps", [0.0, 1e-2])
@@ -576,7 +576,7 @@ def test_lower_dtypes_keep_the_softmax_in_fp32(dtype):
         assert (lse.double() - truth_lse).abs().max() < 8 * eps * truth_lse.abs().max()
 
 
-# ---- dropout
+# dropout
 
 # Random123, kat_vectors: philox4x32 with 7 rounds, counter and key all zero, all one bits, and digits of pi
 PHILOX_7 = [
@@ -652,7 +652,7 @@ def test_dropout_scales_kept_probabilities_and_leaves_lse_alone(shared):
     assert not nothing.any() and torch.equal(lse_too, lse)
 
 
-# ---- local attention
+# local attention
 
 
 @pytest.mark.parametrize(
@@ -698,7 +698,7 @@ def test_local_attention_has_dropout_and_no_fallback():
     torch.testing.assert_close(dropped, probs * keep / 0.75, rtol=0, atol=1e-14)
 
 
-# ---- what it refuses
+# what it refuses
 
 
 def test_bad_arguments_raise():

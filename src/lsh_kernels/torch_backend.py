@@ -45,7 +45,6 @@ _PHILOX_ROUNDS = 7
 _HASH_BLOCK = 4096
 
 
-# ---------------------------------------------------------------------------------------------------------------- hash, sort
 def lsh_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
     """Angular LSH: `argmax([xR ; -xR])` per round and factor, as int32 [B,H,R,L].
 
@@ -156,7 +155,6 @@ def head_walks(state: SortedRounds, b: int, heads: slice, kv_ids: Tensor, option
     return walks_of(rounds, options)
 
 
-# ------------------------------------------------------------------------------------------------------------------- combine
 def combine_rounds(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Weigh the rounds by softmax(lse). out [B,H,R,L,Dv], lse [B,H,R,L] -> (out [B,H,L,Dv], lse [B,H,L])."""
     weights, total = _round_weights(lse, dim=2)
@@ -174,7 +172,6 @@ def _round_weights(lse: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return weights / mass.clamp(min=1e-37), (top + mass.log()).squeeze(dim)
 
 
-# ------------------------------------------------------------------------------------------------------------------- dropout
 def dropout_keep(seed: Tensor, batch: Tensor, head: Tensor, query_pos: Tensor, key_pos: Tensor, dropout_p: float) -> Tensor:
     """Keep-mask of pairs: word 0 of Philox4x32-7 with key `seed` and counter (key_pos, query_pos, head, batch) >= p * 2^32.
 
@@ -201,7 +198,6 @@ def _dropout_scale(dropout_p: float) -> float:
     return 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)
 
 
-# ------------------------------------------------------------------------------------------------------------------ attention
 class _Heads:
     """Some heads of one batch element: their rows, key norms, and walks."""
 

@@ -194,7 +194,6 @@ def _reach(o: AttentionOptions, n: int, L: int, ordered: bool, *offsets: int) ->
     return Reach(min(left, L), 0 if o.is_causal and ordered else min(right, L), tile)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- walk
 @dataclass(frozen=True)
 class Walk:
     """n slot axes laid end to end: which position each slot holds and the interval of keys that each query sees."""
