@@ -483,6 +483,24 @@ def test_attention_memory_grows_linearly(keys):
     assert peak(16_384) <= 2.2 * peak(8_192)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_attention_stays_on_the_threads_of_torch():
+    """With one thread set, no stage of forward or backward starts another."""
+    program = """
+import os, torch
+from lsh_kernels import lsh_attention
+torch.set_num_threads(1)
+qk, v = torch.randn(2, 1, 4, 4096, 32)
+qk.requires_grad_()
+(qk @ v.mT).sum().backward()
+before = len(os.listdir("/proc/self/task"))
+lsh_attention(qk, None, v, is_causal=True).sum().backward()
+assert len(os.listdir("/proc/self/task")) == before
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("span", ["window", "paper"])
 def test_attention_of_one_full_bucket_takes_no_longer(span):
     config = LSHConfig.paper(n_buckets=128) if span == "paper" else LSHConfig(n_buckets=128)
