@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         random_rotations,
     )
     from lsh_kernels.modules import LSHMultiheadAttention, LSHSelfAttention, replace_multihead_attention
+    from lsh_kernels.reversible import ReversibleBlock, ReversibleSequence
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,8 @@ __all__ = [
     "LSHConfig",
     "LSHMultiheadAttention",
     "LSHSelfAttention",
+    "ReversibleBlock",
+    "ReversibleSequence",
     "bucket_sort",
     "combine_rounds",
     "diagnostics",
@@ -40,6 +43,8 @@ _MODULE_OF = {
     "LSHConfig": "config",
     "LSHMultiheadAttention": "modules",
     "LSHSelfAttention": "modules",
+    "ReversibleBlock": "reversible",
+    "ReversibleSequence": "reversible",
     "replace_multihead_attention": "modules",
 }
 
