@@ -7,6 +7,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lsh_kernels import LSHConfig, LSHSelfAttention, ReversibleBlock, ReversibleSequence, lsh_attention
 
@@ -471,6 +473,49 @@ def test_reversible_under_torch_compile(backend):
     for name, (_, got, expected) in cases.items():
         for a, b in zip(got, expected, strict=True):
             assert (a - b).abs().max() <= 1e-10 * max(1.0, b.abs().max()), name
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make: held now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        return result
+
+    def forget(self, key, n_bytes):
+        self.seen.discard(key)
+        self.now -= n_bytes
+
+
+def test_reversible_memory_does_not_grow_with_depth():
+    """After forward 5 kB of random state per layer with dropout are all that a layer adds, in backward its gradients too."""
+
+    def bytes_at(depth, run):
+        sequence = ReversibleSequence([ReversibleBlock(feed_forward(0.1), feed_forward(0.1)) for _ in range(depth)])
+        x = random_x(batch=128, dtype=torch.float32)
+        for p in sequence.parameters():
+            p.grad = torch.zeros_like(p)
+        with Held() as held:
+            y = run(sequence, x)
+            after_forward = held.now
+            y.sum().backward()
+        return after_forward, held.most
+
+    shallow, deep = bytes_at(2, reversible), bytes_at(12, reversible)
+    assert deep[0] - shallow[0] <= 20 * 5100
+    assert deep[1] <= 1.05 * shallow[1]
+    assert bytes_at(12, ordinary)[1] > 5 * deep[1]
 
 
 def test_reversible_frees_everything_without_the_garbage_collector():
