@@ -182,9 +182,8 @@ def _halves(x):
 @torch.compiler.disable
 def _run_block(block, halves, f_kwargs, g_kwargs, recorder):
     x1, x2 = halves
-    y1 = recorder.add("f", block.f, x1, x2, f_kwargs)
-    y2 = recorder.add("g", block.g, x2, y1, g_kwargs)
-    return y1, y2
+    x2, y1 = recorder.add("f", block.f, x1, x2, f_kwargs)
+    return recorder.add("g", block.g, x2, y1, g_kwargs)
 
 
 class _Recorder:
@@ -196,8 +195,8 @@ class _Recorder:
         self.streams = None  # that the last step left, the next one to be moved first
         self.grid = None  # the same as integers, in exact mode
 
-    def add(self, name: str, module: nn.Module, moved: Tensor, still: Tensor, kwargs: dict) -> Tensor:
-        """moved + module(still)."""
+    def add(self, name: str, module: nn.Module, moved: Tensor, still: Tensor, kwargs: dict) -> tuple[Tensor, Tensor]:
+        """(still, moved + module(still)), both as the recorder has them: contiguous and in exact mode on the grid."""
         # hooks between the blocks may have put other streams in the place of ours: these then start a tape of their own
         if self.streams is None or not all(map(_is_same, self.streams, (moved, still))):
             # operators choose their way by strides as well, so all streams have the same
@@ -224,7 +223,7 @@ class _Recorder:
             self.tape.set(*self.grid, len(self.tape.steps))
         elif self.tape is not None:
             self.tape.set(still.detach(), result.detach(), len(self.tape.steps))
-        return result
+        return self.streams
 
 
 class _OntoGrid(torch.autograd.Function):
