@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lsh_kernels import diagnostics, reference
     from lsh_kernels.config import LSHConfig
+    from lsh_kernels.feedforward import ChunkedFeedForward
     from lsh_kernels.functional import (
         bucket_sort,
         combine_rounds,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChunkedFeedForward",
     "LSHConfig",
     "LSHMultiheadAttention",
     "LSHSelfAttention",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "ChunkedFeedForward": "feedforward",
     "LSHConfig": "config",
     "LSHMultiheadAttention": "modules",
     "LSHSelfAttention": "modules",
