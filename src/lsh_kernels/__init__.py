@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lsh_kernels import diagnostics, reference
     from lsh_kernels.config import LSHConfig
+    from lsh_kernels.cross_entropy import chunked_cross_entropy
     from lsh_kernels.feedforward import ChunkedFeedForward
     from lsh_kernels.functional import (
         bucket_sort,
@@ -28,6 +29,7 @@ __all__ = [
     "LSHMultiheadAttention",
     "LSHSelfAttention",
     "bucket_sort",
+    "chunked_cross_entropy",
     "combine_rounds",
     "diagnostics",
     "local_attention",
@@ -43,6 +45,7 @@ _MODULE_OF = {
     "LSHConfig": "config",
     "LSHMultiheadAttention": "modules",
     "LSHSelfAttention": "modules",
+    "chunked_cross_entropy": "cross_entropy",
     "replace_multihead_attention": "modules",
 }
 
