@@ -19,7 +19,12 @@ if TYPE_CHECKING:
         lsh_hash,
         random_rotations,
     )
-    from lsh_kernels.modules import LSHMultiheadAttention, LSHSelfAttention, replace_multihead_attention
+    from lsh_kernels.modules import (
+        LocalSelfAttention,
+        LSHMultiheadAttention,
+        LSHSelfAttention,
+        replace_multihead_attention,
+    )
 
 __version__ = "0.1.0"
 
@@ -28,6 +33,7 @@ __all__ = [
     "LSHConfig",
     "LSHMultiheadAttention",
     "LSHSelfAttention",
+    "LocalSelfAttention",
     "bucket_sort",
     "chunked_cross_entropy",
     "combine_rounds",
@@ -45,6 +51,7 @@ _MODULE_OF = {
     "LSHConfig": "config",
     "LSHMultiheadAttention": "modules",
     "LSHSelfAttention": "modules",
+    "LocalSelfAttention": "modules",
     "chunked_cross_entropy": "cross_entropy",
     "replace_multihead_attention": "modules",
 }
