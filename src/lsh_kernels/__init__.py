@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         LSHSelfAttention,
         replace_multihead_attention,
     )
+    from lsh_kernels.reversible import ReversibleBlock, ReversibleSequence
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,8 @@ __all__ = [
     "LSHMultiheadAttention",
     "LSHSelfAttention",
     "LocalSelfAttention",
+    "ReversibleBlock",
+    "ReversibleSequence",
     "bucket_sort",
     "chunked_cross_entropy",
     "combine_rounds",
@@ -52,6 +55,8 @@ _MODULE_OF = {
     "LSHMultiheadAttention": "modules",
     "LSHSelfAttention": "modules",
     "LocalSelfAttention": "modules",
+    "ReversibleBlock": "reversible",
+    "ReversibleSequence": "reversible",
     "chunked_cross_entropy": "cross_entropy",
     "replace_multihead_attention": "modules",
 }

@@ -6,12 +6,13 @@ much host time as a launch. The stages are ops of their own too, for microbenchm
 
 from __future__ import annotations
 
+import math
 from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import recompute, torch_backend
 from .config import AttentionOptions
 from .torch_backend import SortedRounds
 
@@ -75,20 +76,31 @@ def attention(
 @_implement("attention_forward")
 def _attention_forward(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, *options):
     *options, backend = options
+    options = AttentionOptions(*options)
+    if rotations is not None and recompute.is_active():
+        q_buckets, k_buckets = _kept_buckets(query, key, rotations, options.factors, backend)
+        rotations = None
     # nothing to launch for an empty batch
     if backend == "triton" and query.shape[0]:
         from .csrc_triton.pipeline import attention_forward
     else:
         from .torch_backend import attention_forward
-    out, lse, state = attention_forward(
-        query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, AttentionOptions(*options)
-    )
+    out, lse, state = attention_forward(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, options)
     if state.k_order is None:
         # an op's outputs may not be one tensor twice
         k_rounds = (query.new_empty(0, dtype=torch.int32), query.new_empty(0, dtype=torch.int32))
     else:
         k_rounds = (state.k_order, state.k_stretched)
     return out, lse, state.q_order, state.q_stretched, *k_rounds
+
+
+def _kept_buckets(query, key, rotations, factors, backend):
+    """Bucket ids of queries and keys (None if shared), kept in as few bytes as they need if this run will be repeated."""
+    dtype = torch.uint8 if math.prod(factors) <= 256 else torch.int16
+    hashed = recompute.keep(
+        lambda: [None if x is None else _lsh_hash(x, rotations, factors, backend).to(dtype) for x in (query, key)]
+    )
+    return [None if buckets is None else buckets.to(torch.int32) for buckets in hashed]
 
 
 @torch.library.register_fake("lsh_kernels::attention_forward", lib=_library)
