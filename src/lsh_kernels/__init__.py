@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         lsh_hash,
         random_rotations,
     )
+    from lsh_kernels.models import ReformerConfig, ReformerLM
     from lsh_kernels.modules import (
         LocalSelfAttention,
         LSHMultiheadAttention,
@@ -35,6 +36,8 @@ __all__ = [
     "LSHMultiheadAttention",
     "LSHSelfAttention",
     "LocalSelfAttention",
+    "ReformerConfig",
+    "ReformerLM",
     "ReversibleBlock",
     "ReversibleSequence",
     "bucket_sort",
@@ -55,6 +58,8 @@ _MODULE_OF = {
     "LSHMultiheadAttention": "modules",
     "LSHSelfAttention": "modules",
     "LocalSelfAttention": "modules",
+    "ReformerConfig": "models",
+    "ReformerLM": "models",
     "ReversibleBlock": "reversible",
     "ReversibleSequence": "reversible",
     "chunked_cross_entropy": "cross_entropy",
