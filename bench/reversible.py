@@ -161,13 +161,14 @@ def draw(rows, path):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, column in ((left, "peak_mib"), (right, "drift")):
-        for provider in dict.fromkeys(row["provider"] for row in rows):
+        for i, provider in enumerate(dict.fromkeys(row["provider"] for row in rows)):
             points = sorted((row["depth"], float(row[column])) for row in rows if row["provider"] == provider and row.get(column))
             if points:
-                axes.plot(*zip(*points), marker="o", label=provider)
+                # ours and reformer-pytorch may lie on one another
+                axes.plot(*zip(*points), marker="o", color=f"C{i}", linestyle=("-", "--")[i % 2], label=provider)
         axes.set_xlabel("depth (blocks)")
         axes.legend()
-    left.set_ylabel("MiB of a training step beyond parameters and gradients")
+    left.set_ylabel("MiB beyond parameters and gradients")
     left.set_ylim(bottom=0)
     right.set_ylabel("max |x - recomputed x|")
     right.set_yscale("symlog", linthresh=1e-8)
