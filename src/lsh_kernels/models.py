@@ -78,7 +78,7 @@ class ReformerConfig:
     axial_shape: tuple[int, int] | None = None
     axial_dims: tuple[int, int] | None = None
     causal: bool = True
-    tied: bool = True
+    tied: bool = False
     loss_chunk: int = 512
     reversible: bool = True
     exact: bool = False
@@ -188,7 +188,9 @@ class ReformerLM(nn.Module):
         self.layers = ReversibleSequence(blocks, exact=config.exact)
         self.norm = nn.LayerNorm(E, **factory)
         self.head = None if config.tied else nn.Linear(E, config.vocab_size, bias=False, **factory)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        # embeddings as large as what the layers add; where they are the head's weights too, a stream that starts as the
+        # embedding of a token would then predict that token
+        nn.init.normal_(self.embed.weight, std=0.02 if config.tied else 1.0)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
         """Logits, or with targets the loss, whose logits exist for `config.loss_chunk` tokens at a time.
