@@ -56,7 +56,8 @@ def lsh_attention(
         buckets: bucket ids that replace hashing: int32 or int64 [B, H, R, L], for separate keys a pair
             ([B, H, R, L], [B, Hkv, R, S]). Ids out of range are clamped to [0, N).
         rotations: [Hkv or 1, D, R, W_rot] as `random_rotations` makes them. Default: drawn from `generator`.
-        generator: source of rotations and dropout; default torch's own for the device.
+        generator: source of rotations and dropout; default torch's own for the device. `torch.utils.checkpoint` restores
+            that one when it runs a layer again, but not a generator of yours: there pass rotations, and no dropout.
         return_lse: also return the logsumexp of each query's logits.
         backend: "torch" (any device), "triton", or "auto".
 
@@ -80,6 +81,7 @@ def lsh_attention(
     if not isinstance(config, LSHConfig):
         raise TypeError(f"config: got {type(config).__name__}, wanted an LSHConfig")
     shared = key is None
+    query, key, value = _autocast(query, key, value)
     _check_tensors(query, query if shared else key, value, key_padding_mask)
     if shared and value.shape[1:3] != query.shape[1:3]:
         raise ValueError(
@@ -155,6 +157,7 @@ def local_attention(
     """
     if key is None:
         raise TypeError("key: got None, wanted a tensor (local attention has no shared-QK form)")
+    query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value, key_padding_mask)
     L, S = query.shape[2], key.shape[2]
     if L != S:
@@ -315,7 +318,8 @@ def triton_problem(tensor: Tensor | None = None) -> str | None:
     """Why the Triton backend can't run (on `tensor`), or None if it can."""
     if not _HAS_TRITON:
         return "triton is not installed"
-    if tensor is not None and tensor.device.type == "cpu":
+    # torch.compile can't trace the switch of the interpreter; there a call that can't run fails when it runs
+    if tensor is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         import triton
 
         if not triton.knobs.runtime.interpret:
@@ -341,6 +345,16 @@ def choose_backend(backend: str, tensor: Tensor) -> str:
     return "torch"
 
 
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast what `F.scaled_dot_product_attention` does: all but float64 becomes autocast's dtype."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    is_cast = [isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 for x in tensors]
+    return tuple(x.to(dtype) if cast else x for x, cast in zip(tensors, is_cast))
+
+
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         _check_head_tensor(name, x)
@@ -363,6 +377,8 @@ def _check_head_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: got {type(x).__name__}, wanted a tensor")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(f"{name}: got a dual tensor, wanted none (LSH attention has no forward-mode derivative)")
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(x):
+        raise NotImplementedError(f"{name}: got a tensor of a torch.func transform, wanted none (use torch.autograd.grad)")
     if x.layout != torch.strided or x.is_nested:
         raise TypeError(f"{name}: got a nested or sparse tensor, wanted a dense one")
     if x.dim() != 4:
