@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.py combine_rounds.py backends.py forward_costs.py strict_memory.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-tritons test-gpu demo diagnose bench wheel clean
+.PHONY: help install lint format test test-tritons test-gpu demo diagnose bench profile wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,8 +44,10 @@ diagnose: install  ## recall of attention by rounds and span, on layers that the
 	$(BIN)/python -m lsh_kernels diagnose --out out/diagnose/shared_qk
 	$(BIN)/python -m lsh_kernels diagnose --model exact --out out/diagnose/exact
 
-bench: install  ## time attention on the CPU beside its peers, and profile it, into bench/results/
-	$(BIN)/python bench/attention.py
+bench: install  ## time attention, its stages and its peers into bench/results/; ARGS="--quick", ARGS="--help"
+	$(BIN)/python -m lsh_kernels bench $(ARGS)
+
+profile: install  ## where the torch backend's time goes on a CPU, into bench/results/
 	$(BIN)/python bench/profile_cpu.py
 
 wheel: install  ## sdist and wheel into dist/

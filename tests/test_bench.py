@@ -1,0 +1,239 @@
+"""The benchmark suite: its rows, what it does with failures, interruptions and budgets, and that its peers agree."""
+
+import csv
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+
+import attention as attention_suite  # noqa: E402
+import peers  # noqa: E402
+import report  # noqa: E402
+from cases import FIELDS, AbsentError, Case, Settings  # noqa: E402
+from timing import Budget, BudgetSpentError, measure  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("bench_main", BENCH / "__main__.py")
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+
+SETTINGS = Settings(torch.device("cpu"), torch.float32, (32, 64), heads=2, head_dim=16, n_hashes=2, chunk_length=16)
+TINY = "--lengths 32 64 --heads 2 --head-dim 16 --n-hashes 2 --chunk-length 16 --device cpu --dtype float32".split()
+
+
+def run(out, *options):
+    status = bench.main([*TINY, "--out", str(out), *options])
+    with out.open(newline="") as file:
+        return status, list(csv.DictReader(file))
+
+
+def measured(case, budget=None):
+    """(rows, what was raised)."""
+    rows, raised = {}, None
+    try:
+        measure(case, SETTINGS, budget or Budget(), rows.__setitem__, 0.01, [])
+    except BaseException as error:
+        raised = type(error)
+    return rows, raised
+
+
+def counting(stop_at, stop):
+    """A build whose call does `stop()` at its n-th run."""
+    runs = []
+
+    def call():
+        runs.append(1)
+        if len(runs) == stop_at:
+            stop()
+
+    return lambda: call
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_bench_rows_have_all_fields(tmp_path, capsys):
+    out = tmp_path / "new" / "rows.csv"
+    providers = ["lsh_kernels torch", "SDPA flash", "SDPA cuDNN", "FlexAttention window"]
+    status, rows = run(out, "--suite", "attention", "--quick", "--commit", "abc", "--providers", *providers)
+    assert status == 0 and list(rows[0]) == FIELDS
+    assert {row["provider"] for row in rows} == set(providers)
+    assert {row["regime"] for row in rows} == {"batch", "tokens", "one thread"}
+    assert {row["input"] for row in rows} == {"gaussian", "clustered", "equal"}
+    assert {(row["B"], row["L"]) for row in rows if row["regime"] == "tokens"} == {("2", "32")}
+    for row in rows:
+        assert (row["commit"], row["torch"], row["H"], row["D"]) == ("abc", torch.__version__, "2", "16")
+        assert float(row["copy_gbs"]) > 0 and float(row["matmul_gflops"]) > 0 and row["device"].startswith("cpu")
+        if row["provider"] in providers[:2]:
+            spread = [float(row[f"ms_{name}"]) for name in ("min", "p20", "p50", "p80", "max")]
+            assert row["status"] == "ok" and 0 < spread[0] and spread == sorted(spread) and int(row["runs"]) >= 3
+            assert float(row["gflops"]) > 0
+        else:
+            assert row["status"] == "absent" and "CPU" in row["reason"] and row["ms_p50"] == ""
+    said = capsys.readouterr().out
+    assert "forward+backward, fixed batch: lsh_kernels torch is faster than the best exact attention from L = " in said
+
+
+def test_bench_appends_to_older_rows(tmp_path):
+    out = tmp_path / "rows.csv"
+    out.write_text("op,provider,ms_p50\nattention,lsh_kernels,1.5\n")
+    _, rows = run(out, "--suite", "attention", "--quick", "--providers", "SDPA flash")
+    assert (rows[0]["provider"], rows[0]["ms_p50"], rows[0]["status"]) == ("lsh_kernels", "1.5", "")
+    _, again = run(out, "--suite", "attention", "--quick", "--providers", "SDPA flash")
+    assert again[: len(rows)] == rows and len(again) == 2 * len(rows) - 1
+
+
+def test_bench_failures_are_rows():
+    def raising(error, at=0):
+        def stop():
+            raise error
+
+        if at:
+            return counting(at, stop)
+        return stop
+
+    builds = {
+        "absent": raising(AbsentError("no such thing")),
+        "memory": raising(torch.OutOfMemoryError("tried to allocate")),
+        "later": raising(RuntimeError("second\nrun"), at=2),
+        "fine": lambda: lambda: None,
+    }
+    rows, raised = measured(Case({}, builds))
+    assert raised is None
+    assert rows["absent"] == {"status": "absent", "reason": "no such thing"}
+    assert rows["memory"] == {"status": "failed", "reason": "out of memory: tried to allocate"}
+    assert rows["later"] == {"status": "failed", "reason": "second run"}
+    assert rows["fine"]["status"] == "ok" and rows["fine"]["runs"] >= 3
+
+
+def test_bench_exact_scores_too_large_are_a_row():
+    shape = peers.Shape(64, 64, 2**20, 64, 4, 64, torch.float32, torch.device("cpu"), False)
+    with pytest.raises(AbsentError, match="out of memory: needs"):
+        peers.PEERS["SDPA math"](shape)
+
+
+@pytest.mark.parametrize("name", ["budget", "interrupt"])
+def test_bench_keeps_what_was_measured(name):
+    budget = Budget(1000)
+    stop = interrupt if name == "interrupt" else lambda: setattr(budget, "end", 0)
+    # the first of the runs warms up
+    rows, raised = measured(Case({}, {"whole": lambda: lambda: None, "half": counting(3, stop)}), budget)
+    assert raised is (KeyboardInterrupt if name == "interrupt" else BudgetSpentError)
+    assert rows["whole"]["runs"] == 2 and rows["half"]["runs"] == (1 if name == "interrupt" else 2)
+
+
+def test_bench_command_keeps_rows_when_interrupted(tmp_path, monkeypatch):
+    row = SETTINGS.row("attention", 32)
+    cases = [Case(row, {"first": lambda: lambda: time.sleep(1e-3)}), Case(row, {"second": lambda: interrupt})]
+    monkeypatch.setattr(attention_suite, "cases", lambda settings: cases)
+    status, rows = run(tmp_path / "rows.csv", "--suite", "attention")
+    assert status == 130 and [row["provider"] for row in rows] == ["first"]
+
+
+def test_bench_command_stops_at_its_budget(tmp_path, capsys):
+    status, rows = run(tmp_path / "rows.csv", "--suite", "attention", "--budget", "0")
+    assert status == 0 and rows == [] and "budget of 0.0 s is spent" in capsys.readouterr().err
+
+
+def test_bench_command_refuses_what_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--suite", "no_such_suite"])
+    assert "attention" in capsys.readouterr().err
+    assert bench.main([*TINY, "--out", str(tmp_path / "x.csv"), "--providers", "no such peer"]) == 2
+    said = capsys.readouterr().err
+    assert "no such peer" in said and "SDPA flash" in said and not (tmp_path / "x.csv").exists()
+
+
+def test_bench_suites_are_the_modules_that_exist():
+    assert bench.SUITES[0] == "attention" and all((BENCH / f"{name}.py").exists() for name in bench.SUITES)
+
+
+def test_bench_memory_is_of_a_process_of_its_own(tmp_path):
+    options = "--suite memory --quick --lengths 1024 --providers".split()
+    _, rows = run(tmp_path / "rows.csv", *options, "SDPA math", "SDPA efficient")
+    peak = {(row["provider"], row["depth"]): row for row in rows}
+    # two heads: scores, weights and their gradients are 8 MiB each
+    assert 16 < float(peak["SDPA math", "1"]["peak_mib"]) < 64
+    assert float(peak["SDPA math", "2"]["peak_mib"]) > float(peak["SDPA math", "1"]["peak_mib"])
+    assert peak["SDPA efficient", "1"]["status"] == "absent" and peak["SDPA efficient", "1"]["peak_mib"] == ""
+
+
+def shape_of(length, **changes):
+    shape = peers.Shape(1, 2, length, 16, 2, 16, torch.float32, torch.device("cpu"), False)
+    return shape._replace(**changes)
+
+
+def test_bench_our_backends_agree():
+    found = {}
+    for name in ("lsh_kernels torch", "lsh_kernels triton"):
+        torch.manual_seed(1)
+        found[name] = peers.build_call(peers.PEERS[name], shape_of(48))()()
+    torch.testing.assert_close(*found.values(), rtol=1e-5, atol=1e-5)
+
+
+def test_bench_exact_peers_agree():
+    shape = shape_of(48, backward=True)
+    torch.manual_seed(1)
+    flash = peers.build_call(peers.PEERS["SDPA flash"], shape)()()
+    torch.manual_seed(1)
+    math = peers.build_call(peers.PEERS["SDPA math"], shape)()()
+    torch.testing.assert_close(flash, math, rtol=1e-4, atol=1e-5)
+
+
+def test_bench_flex_sees_as_many_keys_as_rounds_of_chunks():
+    shape = shape_of(320, R=3, C=50)
+    mask = peers.sliding_window(shape)
+    i, j = torch.arange(320)[:, None], torch.arange(320)[None, :]
+    wanted = (j <= i) & (j >= i - 150)
+    blocks = mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)[:320, :320]
+    assert torch.equal(mask.mask_mod(0, 0, i, j) & blocks, wanted)
+    assert mask.seq_lengths == (320, 320) and wanted.sum(1).max() == 3 * 50 + 1
+
+
+@pytest.mark.parametrize("name", ["reformer-pytorch", "Hugging Face"])
+def test_bench_hashing_peers_take_the_same_tensors(name):
+    """Each row of the output is a mean of values of its own head at positions up to its own. Both round off about 0.3% where a
+    row has no key but its own."""
+    shape = shape_of(64)
+    query, key, value = peers.tensors("gaussian", shape)
+    attend = peers.PEERS[name](shape)
+    value = torch.arange(64.0)[None, None, :, None] + 64 * torch.arange(2.0)[None, :, None, None] + 0 * value
+    with torch.no_grad():
+        out = attend(query, key, value)
+    assert out.shape == value.shape
+    assert ((out <= value + 1) & (out >= value[:, :, :1] - 1)).all()
+    assert (out[:, :, -1] < value[:, :, -1] - 4).all()
+
+
+def test_bench_inputs_are_what_they_say():
+    shape = shape_of(256, D=64)
+    for kind, least, most in (("gaussian", -0.2, 0.2), ("clustered", 0.05, 0.7), ("equal", 0.999, 1.001)):
+        query, key, value = peers.tensors(kind, shape)
+        unit = torch.nn.functional.normalize(query[0, 0], dim=-1)
+        similar = (unit @ unit.T).mean().item()
+        assert least < similar < most, (kind, similar)
+        assert value.std() == pytest.approx(1, abs=0.1)
+    with pytest.raises(ValueError, match="uniform"):
+        peers.tensors("uniform", shape)
+
+
+@pytest.mark.parametrize(
+    "ours, exact, wanted",
+    [
+        ({1024: 2, 2048: 4, 4096: 8}, {1024: 1, 2048: 4, 4096: 16}, (2048, "2,048")),
+        ({1024: 2, 4096: 8}, {1024: 1, 4096: 16}, (2048, "2,048")),
+        # faster once, but not from there on
+        ({1024: 1, 2048: 4, 4096: 8}, {1024: 2, 2048: 2, 4096: 32}, (2580, "2,580")),
+        ({1024: 1, 2048: 1}, {1024: 2, 2048: 2}, (None, "at or below 1,024")),
+        ({1024: 1, 2048: 3}, {1024: 2, 2048: 2}, (None, "none up to 2,048")),
+        ({1024: 1}, {2048: 2}, (None, "not measured")),
+    ],
+)
+def test_bench_crossover(ours, exact, wanted):
+    assert report.crossover(ours, exact) == wanted
