@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.py combine_rounds.py backends.py forward_costs.py strict_memory.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-tritons test-gpu demo diagnose bench profile wheel clean
+.PHONY: help install lint format test test-tritons test-gpu demo diagnose bench report profile wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ diagnose: install  ## recall of attention by rounds and span, on layers that the
 
 bench: install  ## time attention, its stages and its peers into bench/results/; ARGS="--quick", ARGS="--help"
 	$(BIN)/python -m lsh_kernels bench $(ARGS)
+
+report: install  ## tables into README.md and pictures into docs/, from bench/results/
+	$(BIN)/python bench/report.py
 
 profile: install  ## where the torch backend's time goes on a CPU, into bench/results/
 	$(BIN)/python bench/profile_cpu.py

@@ -12,6 +12,8 @@ import math
 import sys
 from pathlib import Path
 
+from cases import FIELDS
+
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 KEY = "device cpu cores suite op provider mode dtype B H L D R C regime input depth".split()
@@ -75,7 +77,7 @@ def load(path) -> list[dict]:
             if (reader.fieldnames or [])[:2] != ["op", "provider"]:
                 continue
             for row in reader:
-                row = {name: row.get(name) or value for name, value in (dict.fromkeys(KEY, "") | OLD_FIELDS | row).items()}
+                row = dict.fromkeys(FIELDS, "") | row
                 row |= {name: row[name] or value for name, value in OLD_FIELDS.items()}
                 row["provider"] = OLD_NAMES.get(row["provider"], row["provider"])
                 row["stem"] = file.stem
@@ -119,6 +121,10 @@ def select(rows, value, **wanted):
         if row["status"] == "ok" and row.get(value) and all(row[name] == want for name, want in wanted.items()):
             found.setdefault(row["provider"], {})[int(row["L"])] = float(row[value])
     return {provider: dict(sorted(by_length.items())) for provider, by_length in found.items()}
+
+
+def peaks_of(rows, mode):
+    return select(rows, "peak_mib", op="attention", mode=mode, depth="1", regime="batch", input="gaussian")
 
 
 def fastest(times, wanted):
@@ -197,7 +203,7 @@ def tables(rows):
         if times:
             text += [f"{MODES[1]}, {kind} inputs, ms by length:", "", *by_length(times)]
     for mode in MODES:
-        peaks = select(rows, "peak_mib", suite="memory", mode=mode, depth="1")
+        peaks = peaks_of(rows, mode)
         if peaks:
             text += [f"{mode}, extra peak MiB by length:", "", *by_length(peaks)]
     depths = {}
@@ -248,8 +254,9 @@ def draw(rows, folder):
             length, words = crossover(fastest(found, lambda name: name in OURS), exact)
             if mark and length:
                 axes.axvline(length, color="0.7", linewidth=1)
-                axes.annotate(f"{words}", (length, axes.get_ylim()[0]), rotation=90, va="bottom", ha="right", fontsize=8)
-            if kind == "speed-up":
+                place = {"rotation": 90, "va": "top", "ha": "right", "transform": axes.get_xaxis_transform()}
+                axes.text(length, 0.98, f"crossover {words}", fontsize=8, **place)
+            if kind == "speedup":
                 axes.axhline(1, color="0.7", linewidth=1)
             axes.set(xscale="log", yscale="log", xlabel="length", ylabel=ylabel, title=title)
             axes.set_xscale("log", base=2)
@@ -267,9 +274,11 @@ def draw(rows, folder):
         best = fastest(found, lambda name: name.startswith("SDPA"))
         ratios = {p: {n: best[n] / ms for n, ms in points.items() if n in best} for p, points in found.items() if p[:4] != "SDPA"}
         speedups[mode] = {provider: points for provider, points in ratios.items() if points}
-    panels(speedups, "times as fast as the best SDPA", "speed-up")
-    panels({mode: select(rows, "peak_mib", suite="memory", mode=mode, depth="1") for mode in MODES}, "extra peak MiB", "memory")
-    bars = {f"{row['op']} {row['provider']}": row for row in rows if row["status"] == "ok" and row["roofline"]}
+    panels(speedups, "times as fast as the best SDPA", "speedup")
+    panels({mode: peaks_of(rows, mode) for mode in MODES}, "extra peak MiB", "memory")
+    bars = [row for row in rows if row["status"] == "ok" and row["roofline"]]
+    longest = max((int(row["L"]) for row in bars), default=0)
+    bars = {f"{row['op']} {row['provider']}": row for row in bars if int(row["L"]) == longest}
     if bars:
         figure = Figure((8, 1 + 0.3 * len(bars)), layout="constrained")
         axes, ops = figure.subplots(), list(dict.fromkeys(row["op"] for row in bars.values()))
@@ -277,7 +286,7 @@ def draw(rows, folder):
             hatch = HATCHES[ops.index(row["op"]) % len(HATCHES)]
             axes.barh(label, 100 * float(row["roofline"]), color="white", edgecolor="black", hatch=hatch)
         axes.invert_yaxis()
-        axes.set(xlabel="per cent of the roofline")
+        axes.set(xlabel="per cent of the roofline", title=f"stages at L = {longest:,}")
         save(figure, "roofline")
     return paths
 

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ sys.path.insert(0, str(BENCH))
 import attention as attention_suite  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
+import stages  # noqa: E402
 from cases import FIELDS, AbsentError, Case, Settings  # noqa: E402
 from timing import Budget, BudgetSpentError, measure  # noqa: E402
 
@@ -237,3 +239,132 @@ def test_bench_inputs_are_what_they_say():
 )
 def test_bench_crossover(ours, exact, wanted):
     assert report.crossover(ours, exact) == wanted
+
+
+def stage_calls(length=64):
+    """{op: {provider: call}} of the stages at a tiny size."""
+    settings = replace(SETTINGS, lengths=(length,))
+    return {case.row["op"]: case for case in stages.cases(settings)}
+
+
+def test_bench_stages_equal_their_torch_equivalents():
+    found = {}
+    for op, case in stage_calls().items():
+        assert case.flops.keys() == case.bytes.keys() == case.builds.keys()
+        for provider, build in case.builds.items():
+            torch.manual_seed(2)
+            found[op, provider] = build()()
+    wanted = found["hash", "lsh_kernels torch"]
+    assert torch.equal(found["hash", "matmul + argmax"], wanted) and torch.equal(found["hash", "lsh_kernels triton"], wanted)
+    wanted = found["sort", "lsh_kernels torch"]
+    for provider in ("lsh_kernels triton", "torch.sort int16", "torch.sort int32"):
+        assert torch.equal(found["sort", provider].int(), wanted), provider
+    for op, providers in (("combine", ("lsh_kernels triton", "softmax + sum")), ("attention", ("lsh_kernels triton",))):
+        for provider in providers:
+            torch.testing.assert_close(found[op, provider], found[op, "lsh_kernels torch"], rtol=1e-4, atol=1e-4)
+    assert (
+        found["attention", "gather + bmm"].shape == (1, 2, 2, 4, 16, 16) and found["attention", "gather + bmm"].isfinite().all()
+    )
+
+
+def test_bench_stages_count_their_work():
+    """By hand: L = 64, R = 2, N = 8, C = 16, D = 16, two heads."""
+    cases = stage_calls()
+    work = {op: (case.flops["lsh_kernels torch"], case.bytes["lsh_kernels torch"]) for op, case in cases.items()}
+    assert work["hash"] == (2 * 2 * 64 * 16 * 8, 2 * 64 * (64 + 8))
+    assert work["sort"] == (0, 2 * 2 * 64 * 8)
+    assert work["attention"] == (2 * 64 * 2 * 16 * 4 * 16, 2 * 64 * (3 * 64 + 8 + 4))
+    assert work["combine"] == (0, 2 * 64 * 3 * 68)
+
+
+def test_bench_stages_rows_have_a_roofline(tmp_path):
+    options = ["--suite", "stages", "--quick", "--providers", "lsh_kernels torch", "torch.sort int16"]
+    _, rows = run(tmp_path / "rows.csv", *options)
+    assert [row["op"] for row in rows] == ["attention", "hash", "sort", "sort", "combine"]
+    for row in rows:
+        floor = floor_of(row)
+        assert float(row["roofline"]) == pytest.approx(floor / float(row["ms_p50"]), rel=1e-2)
+
+
+def floor_of(row):
+    """ms, from the row's own rates."""
+    case = stage_calls()[row["op"]]
+    by_copy = case.bytes[row["provider"]] / float(row["copy_gbs"]) / 1e6
+    return max(by_copy, case.flops[row["provider"]] / float(row["matmul_gflops"]) / 1e6)
+
+
+def rows_csv(path, rows):
+    with bench.open_rows(path) as file:
+        csv.DictWriter(file, FIELDS, restval="").writerows(rows)
+
+
+def sample_rows(**fields):
+    """Two lengths of ours and of SDPA, crossing at 2,048, a failure, memory and a stage."""
+    common = dict.fromkeys(FIELDS, "") | {
+        "suite": "attention", "op": "attention", "mode": "forward", "device": "cpu", "cpu": "Some CPU", "cores": "2",
+        "regime": "batch", "input": "gaussian", "depth": "1", "status": "ok", "torch": "2", "triton": "3", "commit": "abc",
+    } | fields  # fmt: skip
+    rows = [
+        {**common, "provider": provider, "L": length, "ms_p50": ms}
+        for provider, times in (("lsh_kernels torch", (2, 8)), ("SDPA math", (1, 16)))
+        for length, ms in zip((1024, 4096), times)
+    ]
+    return rows + [
+        {**common, "provider": "SDPA cuDNN", "L": 1024, "status": "absent", "reason": "not a backend of the CPU"},
+        {**common, "provider": "SDPA math", "L": 1024, "suite": "memory", "peak_mib": 77.5},
+        {**common, "provider": "torch.sort int16", "op": "sort", "suite": "stages", "L": 1024, "ms_p50": 3, "roofline": 0.25},
+    ]
+
+
+def written_report(folder):
+    status = report.main(
+        ["--results", str(folder / "results"), "--readme", str(folder / "README.md"), "--pictures", str(folder / "docs")]
+    )
+    assert status == 0
+    return (folder / "README.md").read_text()
+
+
+def test_bench_report_writes_between_its_markers(tmp_path):
+    rows_csv(tmp_path / "results" / "box.csv", sample_rows())
+    rows_csv(tmp_path / "results" / "gpu.csv", sample_rows(device="Some GPU", cores="16")[:1])
+    (tmp_path / "results" / "other.csv").write_text("layer,head\n0,0\n")
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    text = written_report(tmp_path)
+    assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n") and "\nold\n" not in text
+    assert "Rows run on a CPU: 6 on 2 cores of Some CPU. Rows run on a GPU: 1 on Some GPU. Rows modelled: none." in text
+    assert text.index("### Some GPU") < text.index("### 2 cores of Some CPU")
+    assert "| lsh_kernels torch | 2 | 8 |" in text and "| SDPA math | 77.5 |" in text
+    assert "| sort, torch.sort int16 | 1024 | 3 | 25.0% |" in text
+    assert "the best exact attention from L = 2,048" in text
+    assert "- SDPA cuDNN (absent at 1,024): not a backend of the CPU" in text
+    kinds = {f"box_{kind}.png" for kind in ("time", "speedup", "memory", "roofline")} | {"gpu_time.png"}
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == kinds
+    assert all(f"](docs/{name})" in text for name in kinds)
+
+
+def test_bench_report_twice_is_the_same(tmp_path):
+    rows_csv(tmp_path / "results" / "box.csv", sample_rows())
+    first = written_report(tmp_path)
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "docs").iterdir()}
+    assert written_report(tmp_path) == first
+    assert {path.name: path.read_bytes() for path in (tmp_path / "docs").iterdir()} == pictures
+
+
+def test_bench_report_takes_the_last_row_of_each_kind(tmp_path):
+    again = [row | {"ms_p50": 5} for row in sample_rows()[:1]]
+    rows_csv(tmp_path / "box.csv", sample_rows() + again)
+    times = report.select(report.load(tmp_path), "ms_p50", suite="attention")
+    assert times["lsh_kernels torch"] == {1024: 5, 4096: 8}
+
+
+def test_bench_report_reads_the_rows_that_are_committed():
+    rows = report.load(BENCH / "results")
+    assert {"lsh_kernels torch", "SDPA flash"} <= {row["provider"] for row in rows}
+    assert all(row["regime"] and row["status"] in ("ok", "absent", "failed") for row in rows)
+
+
+def test_bench_report_refuses_a_text_without_markers(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.END}\n{report.BEGIN}\n")
+    with pytest.raises(ValueError, match=r"README\.md: wanted one"):
+        report.write(readme, "text")
