@@ -56,7 +56,7 @@ def main(argv=None) -> int:
                         tqdm.write(line_of(rows[-1]), file=sys.stderr)
 
                     child = [str(FOLDER), *argv, "--suite", suite, "--peak", str(index)]
-                    measure(case, settings, budget, emit, 3 if settings.quick else 30, child)
+                    measure(case, settings, budget, emit, options.seconds, child)
         except BudgetSpentError:
             print(f"the budget of {options.budget} s is spent", file=sys.stderr)
         except KeyboardInterrupt:
@@ -78,6 +78,7 @@ def _parse(argv):
     parser.add_argument("--quick", action="store_true", help="fewer lengths, runs and cases")
     parser.add_argument("--out", type=Path, help="a CSV file to append to (default: bench/results/<machine>.csv)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing new after so long")
+    parser.add_argument("--seconds", type=float, help="of the runs of one case on a CPU (default: 30, with --quick 3)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, bfloat16 on a GPU"
@@ -88,6 +89,8 @@ def _parse(argv):
     # in the process that a CPU's peak is taken in: index of the case, provider
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.seconds is None:
+        options.seconds = 3 if options.quick else 30
     if "all" in options.suite:
         options.suite = SUITES
     if any(length < 1 for length in options.lengths or ()):

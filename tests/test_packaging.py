@@ -43,7 +43,7 @@ def run_installed(target, code):
 def source(tmp_path_factory):
     """A copy of what git would clone, so that building leaves nothing behind in the work tree."""
     source = tmp_path_factory.mktemp("source") / "lsh_kernels"
-    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "out", "bench", "tests")
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "out", "gpu-wheels", "bench", "tests")
     return shutil.copytree(ROOT, source, ignore=ignore)
 
 
