@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
+from . import ops, recompute
 from .config import AttentionOptions, LSHConfig, bucket_factors
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -104,6 +104,7 @@ def lsh_attention(
         buckets, (B, H, config.n_hashes, L), None if shared else (B, Hkv, config.n_hashes, S), query.device
     )
     _check_generator(generator)
+    generator = recompute.generator_to_draw_from(generator)
     backend = choose_backend(backend, query)
     if rotations is not None:
         _check_rotations(rotations, query, Hkv, config.n_hashes, factors)
@@ -176,6 +177,7 @@ def local_attention(
         raise ValueError("wrap: got True with a window, wanted chunk_length (only chunks can form a cycle)")
     dropout_p, scale = _check_numbers(dropout_p, scale, query.shape[-1] ** -0.5)
     _check_generator(generator)
+    generator = recompute.generator_to_draw_from(generator)
     backend = choose_backend(backend, query)
     options = AttentionOptions(
         factors=[1],
@@ -462,4 +464,6 @@ def _draw_seed(dropout_p: float, generator: torch.Generator | None, device: torc
     """The Philox key of this call, drawn only if something will be dropped."""
     if dropout_p == 0:
         return None
-    return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device)
+    # compiled code has drawn from torch's own generator, whose state a repetition finds as it was
+    return seed if torch.compiler.is_compiling() else recompute.keep(lambda: seed)
