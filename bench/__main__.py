@@ -20,8 +20,12 @@ from timing import Budget, BudgetSpentError, machine_name, measure, own_peak_mib
 from tqdm import tqdm
 
 FOLDER = Path(__file__).parent
-# most important first; a suite is there if its module is
-SUITES = [name for name in "attention stages memory reversible feedforward decode".split() if (FOLDER / f"{name}.py").exists()]
+# most important first; a suite is there if its module has cases
+SUITES = [
+    name
+    for name in "attention stages memory reversible feedforward decode".split()
+    if (FOLDER / f"{name}.py").exists() and "\ndef cases(" in (FOLDER / f"{name}.py").read_text()
+]
 SHAPE = ("batch", "heads", "head_dim", "n_hashes", "chunk_length")
 
 

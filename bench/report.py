@@ -74,7 +74,7 @@ def load(path) -> list[dict]:
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         with file.open(newline="") as lines:
             reader = csv.DictReader(lines)
-            if (reader.fieldnames or [])[:2] != ["op", "provider"]:
+            if not {"op", "provider", "L", "ms_p50"} <= set(reader.fieldnames or ()):
                 continue
             for row in reader:
                 row = dict.fromkeys(FIELDS, "") | row
