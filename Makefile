@@ -1,13 +1,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+OUT ?= out/gpu
+GPU_WHEELS := reformer-pytorch axial-positional-embedding colt5-attention einops hyper-connections local-attention \
+    product-key-memory torch-einops-utils
 KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.py combine_rounds.py backends.py forward_costs.py strict_memory.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-tritons test-gpu demo diagnose bench wheel clean
+.PHONY: help install lint format test test-tritons offline test-gpu bench-gpu rehearse-gpu gpu-wheels demo diagnose \
+    bench report profile wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,8 +38,23 @@ test-tritons: install  ## the kernels on the oldest and on the newest Triton, in
 	    PYTHONPATH=.venv/triton-$$version $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNEL_TESTS) || exit 1; \
 	done
 
-test-gpu: install  ## the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu
+# without a registry and without a .venv, for a machine that has torch and Triton
+offline:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	if test -d gpu-wheels; then $(PYTHON) -m pip install --quiet --no-deps --no-index gpu-wheels/*.whl; fi
+
+test-gpu: offline  ## on a GPU machine, offline: the tests that need a GPU
+	$(PYTHON) -m pytest -m gpu
+
+bench-gpu: offline  ## on a GPU machine, offline: GPU tests, all suites, report, within ten minutes, into $(OUT) (out/gpu)
+	$(PYTHON) bench/gpu.py --out $(OUT) $(ARGS)
+
+rehearse-gpu: install  ## bench-gpu on a CPU with interpreted kernels and tiny sizes, into out/rehearsal
+	rm -rf out/rehearsal
+	$(BIN)/python bench/gpu.py --rehearse --out out/rehearsal $(ARGS)
+
+gpu-wheels: install  ## fetch the peers that a GPU machine lacks, for bench-gpu, into gpu-wheels/
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt --dest gpu-wheels $(GPU_WHEELS)
 
 demo: install  ## train a small language model with exact and with LSH attention, print a table, draw a picture
 	$(BIN)/python -m lsh_kernels demo
@@ -44,8 +63,13 @@ diagnose: install  ## recall of attention by rounds and span, on layers that the
 	$(BIN)/python -m lsh_kernels diagnose --out out/diagnose/shared_qk
 	$(BIN)/python -m lsh_kernels diagnose --model exact --out out/diagnose/exact
 
-bench: install  ## time attention on the CPU beside its peers, and profile it, into bench/results/
-	$(BIN)/python bench/attention.py
+bench: install  ## time attention, its stages and its peers into bench/results/; ARGS="--quick", ARGS="--help"
+	$(BIN)/python -m lsh_kernels bench $(ARGS)
+
+report: install  ## tables into README.md and pictures into docs/, from bench/results/
+	$(BIN)/python bench/report.py
+
+profile: install  ## where the torch backend's time goes on a CPU, into bench/results/
 	$(BIN)/python bench/profile_cpu.py
 
 wheel: install  ## sdist and wheel into dist/

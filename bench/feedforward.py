@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from attention import MODES, machine_name
+from attention import MODES
+from timing import machine_name
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm

@@ -12,20 +12,19 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
+from attention import lsh_flops
+from timing import copy_gbs, machine_name, matmul_gflops
 from torch.profiler import ProfilerActivity, profile
-
-sys.path.insert(0, str(Path(__file__).parent))
-from attention import B, C, D, H, R, lsh_flops, machine_name, matmul_gflops
 
 from lsh_kernels import LSHConfig, lsh_attention, random_rotations, torch_backend
 from lsh_kernels.config import AttentionOptions
 from lsh_kernels.demo import machine
 
+B, H, D, R, C = 1, 8, 64, 4, 64
 KINDS = {
     "matrix products": ("bmm", "baddbmm", "baddbmm_", "addmm"),
     "masks": ("abs_", "abs", "maximum", "clamp_", "sub", "copy_"),
@@ -43,12 +42,6 @@ def seconds(call):
         call()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def copy_gbs():
-    """Bytes read and written per second by a copy that no cache holds."""
-    source, target = torch.randn(2**26), torch.empty(2**26)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source)) / 1e9
 
 
 def kinds_of(call):
@@ -82,16 +75,19 @@ def main():
     stages = {
         "hash": (lambda: torch_backend.lsh_hash(query, rotations, factors), 2 * B * H * L * D * R * sum(factors) / 2),
         "sort": (lambda: torch_backend.sort_rounds(buckets, None, None, attention, L), None),
-        "attention forward": (lambda: torch_backend.attention_fwd(*inputs, state, attention), lsh_flops(L, "forward")),
+        "attention forward": (
+            lambda: torch_backend.attention_fwd(*inputs, state, attention),
+            lsh_flops(B, H, L, D, R, C, "forward"),
+        ),
         "attention backward": (
             lambda: torch_backend.attention_bwd(dout, None, *inputs, out, lse, state, attention),
-            lsh_flops(L, "forward+backward") - lsh_flops(L, "forward"),
+            lsh_flops(B, H, L, D, R, C, "forward+backward") - lsh_flops(B, H, L, D, R, C, "forward"),
         ),
     }
     qk, v = query.clone().requires_grad_(), value.clone().requires_grad_()
     whole = seconds(lambda: lsh_attention(qk, None, v, config=config, is_causal=True).backward(dout))
     matmul, copy, facts = matmul_gflops(), copy_gbs(), machine()
-    rows = [("forward + backward, whole", "", whole, 1.0, lsh_flops(L, "forward+backward"))]
+    rows = [("forward + backward, whole", "", whole, 1.0, lsh_flops(B, H, L, D, R, C, "forward+backward"))]
     for stage, (call, flops) in stages.items():
         took = seconds(call)
         rows.append((stage, "", took, took / whole, flops))

@@ -43,7 +43,7 @@ def run_installed(target, code):
 def source(tmp_path_factory):
     """A copy of what git would clone, so that building leaves nothing behind in the work tree."""
     source = tmp_path_factory.mktemp("source") / "lsh_kernels"
-    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "out", "bench", "tests")
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "out", "gpu-wheels", "bench", "tests")
     return shutil.copytree(ROOT, source, ignore=ignore)
 
 
@@ -134,5 +134,9 @@ def test_packaging_command_line_explains_itself(installed):
     assert "--steps" in run("-m", "lsh_kernels", "demo", "--help")
     assert "--rounds" in run("-m", "lsh_kernels", "diagnose", "--help")
     assert "usage" in run("-m", "lsh_kernels", status=2)
+    # no bench/ stands beside an installed copy
+    bench = "import runpy, sys; sys.argv[1:] = ['bench', '--quick']; runpy.run_module('lsh_kernels', run_name='__main__')"
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    assert "comes with a checkout" in run("-c", bench, status=2, cwd=installed, env=env)
     assert "no_such_command" in run("-m", "lsh_kernels", "no_such_command", status=2)
     assert "--no-such-option" in run("-m", "lsh_kernels", "doctor", "--no-such-option", status=2)

@@ -1,9 +1,11 @@
-"""Command line: `python -m lsh_kernels` with `doctor`, `demo` or `diagnose`."""
+"""Command line: `python -m lsh_kernels` with `doctor`, `demo`, `diagnose` or `bench`."""
 
 import argparse
 import platform
+import runpy
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from lsh_kernels import __version__
 
@@ -17,9 +19,18 @@ def main(argv=None):
     # these read their own options, --help included
     commands.add_parser("demo", help="train a small language model, exact attention beside LSH", add_help=False)
     commands.add_parser("diagnose", help="how much of exact attention LSH attention keeps, by rounds and span", add_help=False)
+    commands.add_parser("bench", help="time attention, its stages and its peers (needs a checkout)", add_help=False)
     options, rest = parser.parse_known_args(argv)
     if options.command in ("demo", "diagnose"):
         return import_module(f"lsh_kernels.{options.command}").main(rest)
+    if options.command == "bench":
+        folder = Path(__file__).parents[2] / "bench"
+        if not (folder / "__main__.py").exists():
+            parser.error(
+                f"bench: {folder} is not there; it comes with a checkout (git clone, pip install -e .), not with a wheel"
+            )
+        sys.argv[1:] = rest
+        runpy.run_path(str(folder), run_name="__main__")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return doctor()

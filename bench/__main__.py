@@ -1,0 +1,176 @@
+"""`python -m lsh_kernels bench`: times attention, its stages and its peers, and appends rows to bench/results/<machine>.csv.
+
+Suites and, in them, cases run in order of importance; Ctrl-C or a spent budget keeps what was measured. A provider that is absent
+or fails leaves a row that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from cases import FIELDS, Settings
+from report import crossovers
+from timing import Budget, BudgetSpentError, machine_name, measure, own_peak_mib, provenance
+from tqdm import tqdm
+
+FOLDER = Path(__file__).parent
+# most important first; a suite is there if its module has cases
+SUITES = [
+    name
+    for name in "attention stages memory reversible feedforward decode".split()
+    if (FOLDER / f"{name}.py").exists() and "\ndef cases(" in (FOLDER / f"{name}.py").read_text()
+]
+SHAPE = ("batch", "heads", "head_dim", "n_hashes", "chunk_length")
+
+
+def main(argv=None) -> int:
+    """Measure what the options say. Returns 0; after Ctrl-C 130, with every row measured so far written."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = _parse(argv)
+    settings = settings_of(options)
+    if options.peak:
+        return _print_peak(options, settings)
+    suites = {suite: list(enumerate(import_module(suite).cases(settings))) for suite in options.suite}
+    if options.providers:
+        there = {name for cases in suites.values() for _, case in cases for name in case.builds}
+        if not there.issuperset(options.providers):
+            names = ", ".join(sorted(there))
+            print(f"--providers: got {', '.join(options.providers)}, wanted some of {names}", file=sys.stderr)
+            return 2
+        suites = {suite: [(i, only(case, options.providers)) for i, case in cases] for suite, cases in suites.items()}
+    facts = provenance(settings, options.commit)
+    out = options.out or FOLDER / "results" / f"{machine_name(settings.device)}.csv"
+    budget, rows, status = Budget(options.budget), [], 0
+    with open_rows(out) as file:
+        writer = csv.DictWriter(file, FIELDS)
+        try:
+            for suite, cases in suites.items():
+                for index, case in tqdm(cases, desc=suite):
+
+                    def emit(provider, numbers, suite=suite, case=case):
+                        rows.append(row_of(suite, case, provider, numbers, facts))
+                        writer.writerow(rows[-1])
+                        file.flush()
+                        tqdm.write(line_of(rows[-1]), file=sys.stderr)
+
+                    child = [str(FOLDER), *argv, "--suite", suite, "--peak", str(index)]
+                    measure(case, settings, budget, emit, options.seconds, child)
+        except BudgetSpentError:
+            print(f"the budget of {options.budget} s is spent", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            status = 130
+    for line in crossovers(rows):
+        print(line)
+    print(f"{len(rows)} rows appended to {out}")
+    return status
+
+
+def _parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m lsh_kernels bench", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--suite", nargs="+", default=["all"], choices=[*SUITES, "all"], help=f"of {', '.join(SUITES)} (default: all of them)"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", help="default: 1K to 16K on a CPU, 1K to 1M on a GPU")
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--quick", action="store_true", help="fewer lengths, runs and cases")
+    parser.add_argument("--out", type=Path, help="a CSV file to append to (default: bench/results/<machine>.csv)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing new after so long")
+    parser.add_argument("--seconds", type=float, help="of the runs of one case on a CPU (default: 30, with --quick 3)")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, bfloat16 on a GPU"
+    )
+    for name in SHAPE:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Settings, name), help="default: %(default)s")
+    parser.add_argument("--commit", help="what the rows say of the code (default: git's answer)")
+    # in the process that a CPU's peak is taken in: index of the case, provider
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.seconds is None:
+        options.seconds = 3 if options.quick else 30
+    if "all" in options.suite:
+        options.suite = SUITES
+    if any(length < 1 for length in options.lengths or ()):
+        parser.error(f"--lengths: got {options.lengths}, wanted positive ones")
+    return options
+
+
+def only(case, providers):
+    return replace(case, builds={name: build for name, build in case.builds.items() if name in providers})
+
+
+def settings_of(options) -> Settings:
+    on_gpu = options.device.type == "cuda"
+    lengths = options.lengths or [2**n for n in range(10, 21 if on_gpu else 15, 2 if options.quick else 1)]
+    if options.quick and not options.lengths and not on_gpu:
+        lengths = [1024, 4096]
+    dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    shape = {name: getattr(options, name) for name in SHAPE}
+    return Settings(options.device, getattr(torch, dtype), tuple(sorted(lengths)), options.quick, **shape)
+
+
+def open_rows(path):
+    """Open a CSV for appending rows of `FIELDS`; a file with fewer fields gets the new ones, empty, in its old rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames == FIELDS:
+                return path.open("a", newline="")
+            old = list(reader)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="")
+        writer.writeheader()
+        writer.writerows(old)
+    return path.open("a", newline="")
+
+
+def row_of(suite, case, provider, numbers, facts) -> dict:
+    """The numbers of a provider as a row of strings."""
+    row = dict.fromkeys(FIELDS, "") | case.row | facts | numbers
+    row |= {"suite": suite, "provider": provider, "threads": case.threads or torch.get_num_threads()}
+    if "ms_p50" in numbers:
+        seconds, matmul = numbers["ms_p50"] / 1e3, facts["matmul_gflops"]
+        flops, floor = case.flops.get(provider), 0.0
+        if flops:
+            row |= {"gflops": flops / seconds / 1e9, "share_of_matmul": flops / seconds / 1e9 / matmul}
+            floor = flops / matmul / 1e9
+        if provider in case.bytes:
+            row["roofline"] = max(floor, case.bytes[provider] / facts["copy_gbs"] / 1e9) / seconds
+    return {name: _text(value) for name, value in row.items()}
+
+
+def _text(value) -> str:
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def line_of(row) -> str:
+    if row["status"] != "ok":
+        result = f"{row['status']}: {row['reason']}"
+    elif row["peak_mib"]:
+        result = f"{row['peak_mib']:>9} MiB"
+    else:
+        result = f"{row['ms_p50']:>9} ms  ({row['ms_p20']} to {row['ms_p80']})"
+    return f"{row['op']:10}{row['provider']:26} {row['mode']:22} {row['B']:>4} x {row['L']:<7} {row['input']:10} {result}"
+
+
+def _print_peak(options, settings) -> int:
+    (suite,), (index, provider) = options.suite, options.peak
+    short = replace(settings, lengths=tuple(min(length, 2 * settings.chunk_length) for length in settings.lengths))
+    case, warm_case = (list(import_module(suite).cases(s))[int(index)] for s in (settings, short))
+    print(own_peak_mib(case, warm_case, provider))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

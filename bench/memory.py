@@ -1,0 +1,19 @@
+"""Suite: extra peak memory of one attention call by length, and of a stack of calls by depth."""
+
+from __future__ import annotations
+
+from attention import MODES, attention_case
+from cases import by_importance
+from peers import PEERS, VARIANTS
+
+DEPTHS = (2, 4, 8)
+
+
+def cases(settings):
+    lengths = by_importance(settings.lengths)
+    for length in lengths[: 2 if settings.quick else None]:
+        for mode in MODES[settings.quick :]:
+            yield attention_case(settings, PEERS if settings.quick else PEERS | VARIANTS, length, mode, measure="memory")
+    middle = sorted(lengths)[(len(lengths) - 1) // 2]
+    for depth in DEPTHS[:1] if settings.quick else DEPTHS:
+        yield attention_case(settings, PEERS, middle, MODES[1], depth=depth, measure="memory")

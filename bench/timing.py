@@ -1,0 +1,264 @@
+"""Measures cases, and the machine: seconds of calls, extra peak memory, rates of a large copy and a large matmul.
+
+On a GPU `triton.testing.do_bench` times one provider after the other, the L2 cache flushed before each run. On a CPU a round
+runs each provider of a case once, so that a drift of the machine meets all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+from cases import AbsentError
+
+from lsh_kernels.demo import machine
+from lsh_kernels.functional import triton_problem
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 15
+
+
+class BudgetSpentError(Exception):
+    """The time budget is spent; what was measured is written."""
+
+
+class Budget:
+    """Seconds that a run may take (None: no limit)."""
+
+    def __init__(self, seconds=None):
+        self.end = math.inf if seconds is None else time.monotonic() + seconds
+
+    def check(self):
+        if time.monotonic() >= self.end:
+            raise BudgetSpentError
+
+
+def measure(case, settings, budget, emit, seconds, child):
+    """Measure a case; call `emit(provider, numbers)` once per provider, also for those that failed and those half done.
+
+    Args:
+        budget: a `Budget`, checked between calls.
+        emit: takes a dict of status, reason, and either ms_min, ms_p20, ms_p50, ms_p80, ms_max, runs or peak_mib.
+        seconds: what the rounds of one case should take, between `MIN_ROUNDS` and `MAX_ROUNDS` of them.
+        child: command of a process that prints the peak of one provider of this case, for measure="memory" on a CPU.
+
+    Raises:
+        BudgetSpentError, KeyboardInterrupt: after what was measured is emitted.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case.threads or threads)
+    try:
+        if case.measure == "memory":
+            _each(case, budget, emit, lambda name: {"peak_mib": _peak(case, settings, child, name)})
+        elif settings.device.type == "cuda":
+            _each(case, budget, emit, lambda name: _time_on_gpu(case, name))
+        else:
+            _alternate(case, budget, emit, seconds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _failure(error):
+    """The row of a provider that raised: "absent" with its reason, or "failed" with the first line of the error."""
+    status = "absent" if isinstance(error, AbsentError) else "failed"
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
+        message = f"out of memory: {message}"
+    return {"status": status, "reason": message[:160]}
+
+
+def _each(case, budget, emit, numbers):
+    for name in case.builds:
+        budget.check()
+        try:
+            result = {"status": "ok", **numbers(name)}
+        except Exception as error:
+            result = _failure(error)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        emit(name, result)
+
+
+def _alternate(case, budget, emit, seconds):
+    """Rounds of one call each; the first one warms up and tells how many there can be."""
+    calls, times, failures = {}, {name: [] for name in case.builds}, {}
+    try:
+        start = time.perf_counter()
+        for name, build in case.builds.items():
+            budget.check()
+            try:
+                calls[name] = build()
+                calls[name]()
+            except Exception as error:
+                failures[name] = error
+                calls.pop(name, None)
+        n_rounds = min(max(int(seconds / (time.perf_counter() - start)), MIN_ROUNDS), MAX_ROUNDS)
+        for _ in range(n_rounds):
+            for name, call in list(calls.items()):
+                budget.check()
+                start = time.perf_counter()
+                try:
+                    call()
+                    times[name].append(time.perf_counter() - start)
+                except Exception as error:
+                    failures[name] = error
+                    del calls[name]
+    finally:
+        for name in case.builds:
+            if name in failures:
+                emit(name, _failure(failures[name]))
+            elif times[name]:
+                emit(name, {"status": "ok", **_spread([1e3 * t for t in times[name]])})
+
+
+def _spread(ms):
+    ms = sorted(ms)
+    p20, p80 = (ms[0], ms[-1]) if len(ms) < 2 else (q := statistics.quantiles(ms, n=5, method="inclusive"))[:1] + q[-1:]
+    return {
+        "ms_min": ms[0], "ms_p20": p20, "ms_p50": statistics.median(ms), "ms_p80": p80, "ms_max": ms[-1], "runs": len(ms),
+    }  # fmt: skip
+
+
+def _time_on_gpu(case, name):
+    from triton.testing import do_bench
+
+    call = case.builds[name]()
+    call()
+    if case.measure == "graph":
+        call = _captured(call)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    first = start.elapsed_time(end)
+    if first > 200:
+        # do_bench runs a call at least seven times
+        return _spread([first, *_events(call, MIN_ROUNDS - 1)])
+    return _spread(do_bench(call, warmup=10, rep=60, return_mode="all"))
+
+
+def _events(call, n):
+    times = []
+    for _ in range(n):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return times
+
+
+def _captured(call):
+    """The call as a CUDA graph: what is left when launches wait for nothing on the host."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _peak(case, settings, child, name):
+    """Extra peak MiB of one call: on a GPU its allocator's, on a CPU that of a process of its own."""
+    if settings.device.type == "cuda":
+        call = case.builds[name]()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # what can't be set up needs no process
+    case.builds[name]()
+    done = subprocess.run([sys.executable, *child, name], capture_output=True, text=True)
+    if done.returncode < 0:
+        raise MemoryError(f"the process was ended by signal {-done.returncode}")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        kind, _, message = lines[-1].partition(": ")
+        raise (AbsentError if kind.endswith("AbsentError") else RuntimeError)(message or kind)
+    return float(done.stdout)
+
+
+def own_peak_mib(case, warm_case, name):
+    """Extra peak of this process in one call of `case`, above its peak after one of the short `warm_case`."""
+    warm_case.builds[name]()()
+    call = case.builds[name]()
+    before = _resident_peak()
+    call()
+    return (_resident_peak() - before) / 2**20
+
+
+def _resident_peak():
+    """Bytes (Linux)."""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@cache
+def matmul_gflops(device="cpu", dtype=torch.float32):
+    """The rate of a large matmul on this device: the best of a few."""
+    n = 2048 if torch.device(device).type == "cpu" else 8192
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / _best(lambda: a @ a, device) / 1e9
+
+
+@cache
+def copy_gbs(device="cpu"):
+    """Bytes read and written per second by a copy that no cache holds."""
+    source = torch.randn(2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), device) / 1e9
+
+
+def _best(call, device):
+    if torch.device(device).type == "cuda":
+        call()
+        return min(_events(call, 20)) / 1e3
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def provenance(settings, commit=None) -> dict:
+    """The fields of a row that say where its numbers come from."""
+    facts = machine()
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    return {
+        "cpu": facts["cpu"], "cores": facts["cores"], "torch": facts["torch"], "triton": triton,
+        "commit": commit or facts["commit"], "device": device_name(settings.device),
+        "matmul_gflops": matmul_gflops(settings.device, settings.dtype), "copy_gbs": copy_gbs(settings.device),
+    }  # fmt: skip
+
+
+def device_name(device) -> str:
+    """The GPU's name, "cpu", or "cpu, interpreted Triton"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "cpu" if triton_problem(torch.empty(0)) else "cpu, interpreted Triton"
+
+
+def machine_name(device: str | torch.device = "cpu") -> str:
+    """The stem of this machine's CSV."""
+    facts, device = machine(), torch.device(device)
+    name = f"{facts['cpu']} {facts['cores']} cores {platform.machine()}" if device.type == "cpu" else device_name(device)
+    return re.sub(r"\W+", "_", name).lower()
