@@ -77,6 +77,8 @@ def work(rank, meeting, folder):
         grads = [p.grad for p in sequence.parameters()]
         grads = [g if g is None or case.startswith("ddp") else g.full_tensor() for g in grads]
         torch.save(grads, os.path.join(folder, f"{case} {rank}.pt"))
+    # neither may leave while the other still talks to it
+    dist.barrier()
     dist.destroy_process_group()
 
 
