@@ -27,12 +27,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from attention import C, R, machine_name
+from timing import machine_name
 
 from lsh_kernels import LSHConfig, LSHSelfAttention, ReversibleBlock, ReversibleSequence
 from lsh_kernels.demo import machine
 
-B, E, D = 1, 256, 64
+B, E, D, R, C = 1, 256, 64, 4, 64
 FIELDS = ("op provider mode dtype B H L D R C depth ms_min ms_p50 ms_max peak_mib drift cpu cores torch triton commit").split()
 
 

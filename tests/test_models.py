@@ -436,6 +436,7 @@ TWO_PROCESSES = """
 import sys
 import torch
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
@@ -446,12 +447,18 @@ model = build().eval()
 rows = texts(4)[2 * rank : 2 * rank + 2]
 parallel = DistributedDataParallel(model)
 parallel(rows[:, :-1], rows[:, 1:]).backward()
-torch.save([parameter.grad for parameter in model.parameters()], sys.argv[3] + f"/{rank}.pt")
+sharded = build(tied=True).eval()
+for block in sharded.layers.blocks:
+    fully_shard(block)
+fully_shard(sharded)
+sharded(rows[:, :-1], rows[:, 1:]).backward()
+grads = [[p.grad for p in model.parameters()], [p.grad.full_tensor() for p in sharded.parameters()]]
+torch.save(grads, sys.argv[3] + f"/{rank}.pt")
 distributed.destroy_process_group()
 """
 
 
-def test_models_under_distributed_data_parallel(tmp_path):
+def test_models_under_ddp_and_fully_shard(tmp_path):
     command = [sys.executable, "-c", TWO_PROCESSES, os.path.dirname(__file__)]
     processes = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in range(2)]
     try:
@@ -461,8 +468,7 @@ def test_models_under_distributed_data_parallel(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    model, text = build().eval(), texts(4)
-    expected = loss_and_grads(model, text[:, :-1], text[:, 1:])[1:]
+    text = texts(4)
+    expected = [loss_and_grads(build(tied=tied).eval(), text[:, :-1], text[:, 1:])[1:] for tied in (False, True)]
     for rank in range(2):
-        for ours, theirs in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=1e-10, atol=1e-12)
