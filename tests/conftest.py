@@ -54,11 +54,12 @@ def numpy_sort(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def strict_memory(monkeypatch):
-    """Every access of an interpreted kernel is checked."""
-    if not HAS_GPU:
-        from strict_memory import StrictMemory
+    """Every access of an interpreted kernel is checked; the `StrictMemory` that does it."""
+    if HAS_GPU:
+        return None
+    from strict_memory import StrictMemory
 
-        StrictMemory.install(monkeypatch)
+    return StrictMemory.install(monkeypatch)
 
 
 @pytest.fixture

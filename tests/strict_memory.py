@@ -95,7 +95,7 @@ class StrictMemory:
 
     @classmethod
     def install(cls, monkeypatch):
-        """Check every launch from now on."""
+        """A `StrictMemory` that checks every launch from now on; its `torch_empty` is the plain one."""
         from triton.runtime import interpreter
 
         strict = cls(interpreter._interpreter)
@@ -122,3 +122,5 @@ class StrictMemory:
         monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begin_program)
         monkeypatch.setattr(interpreter, "_interpreter", strict)
         monkeypatch.setattr(torch, "empty", empty)
+        strict.torch_empty = torch_empty
+        return strict

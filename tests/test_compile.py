@@ -32,11 +32,11 @@ def combine_rounds(length, n_hashes, head_dim, dtype, n_heads=2):
     combine_rounds(torch.zeros(*lse.shape, head_dim, dtype=dtype), lse)
 
 
-def attention_fwd(
-    length=1024, head_dim=64, dtype=torch.float16, causal=True, keys="shared", mask=False, dropout_p=0.0, value_dim=None, **fields
+def attention_call(
+    attend, length=1024, head_dim=64, dtype=torch.float16, causal=True, keys="shared", mask=False, dropout_p=0.0,
+    value_dim=None, **fields,
 ):  # fmt: skip
     from lsh_kernels.config import AttentionOptions, LSHConfig
-    from lsh_kernels.csrc_triton.attention_fwd import attention_fwd
     from lsh_kernels.torch_backend import SortedRounds
 
     c = LSHConfig(**fields)
@@ -50,11 +50,30 @@ def attention_fwd(
     q_order, k_order = (torch.zeros(1, n, c.n_hashes, length, dtype=torch.int32) for n in (n_heads, n_kv_heads))
     padding = torch.zeros(1, length, dtype=torch.bool) if mask else None
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
-    if keys == "shared":
-        state, norm = SortedRounds(q_order, q_order, None, None), torch.zeros(1, n_heads, length)
-        attention_fwd(query, None, value, padding, seed, state, options, norm)
-    else:
-        attention_fwd(query, key, value, padding, seed, SortedRounds(q_order, q_order, k_order, k_order), options)
+    k_rounds = (None, None) if keys == "shared" else (k_order, k_order)
+    state = SortedRounds(q_order, q_order, *k_rounds)
+    attend(query, None if keys == "shared" else key, value, padding, seed, state, options)
+
+
+def attention_fwd(*args, keys="shared", **kwargs):
+    from lsh_kernels.csrc_triton.attention_fwd import attention_fwd
+
+    def attend(query, *rest):
+        # as the hash kernel gives it
+        norm = torch.zeros(query.shape[:3]) if keys == "shared" else None
+        attention_fwd(query, *rest, norm)
+
+    attention_call(attend, *args, keys=keys, **kwargs)
+
+
+def attention_bwd(*args, in_place=None, **kwargs):
+    from lsh_kernels.csrc_triton.attention_bwd import attention_bwd
+
+    def attend(query, key, value, padding, seed, state, options):
+        out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), torch.zeros(query.shape[:3])
+        attention_bwd(out, lse, query, key, value, padding, seed, out, lse, state, options, in_place)
+
+    attention_call(attend, *args, **kwargs)
 
 
 def hash_sort(length=1024, head_dim=64, dtype=torch.bfloat16, factors=(32, 64), mask=False):
@@ -114,6 +133,16 @@ LAUNCHES = {
         0,
     ),
     "attention_fwd-fp32-D64": (lambda: attention_fwd(dtype=torch.float32), 4 * 4096),
+    "attention_bwd-fp16-D64": (lambda: attention_bwd(), 4 * 4096),
+    "attention_bwd-fp16-D64-no-dedupe": (lambda: attention_bwd(dedupe=False), 4 * 4096),
+    "attention_bwd-bf16-D128": (lambda: attention_bwd(head_dim=128, dtype=torch.bfloat16), 8 * 4096),
+    "attention_bwd-bf16-D64-all": (
+        lambda: attention_bwd(dtype=torch.bfloat16, span="chunk", mask=True, dropout_p=0.1, local_window=8),
+        4 * 4096,
+    ),
+    "attention_bwd-fp16-D128-trax": (lambda: attention_bwd(head_dim=128, causal=False, mask=True, **TRAX), 8 * 4096),
+    "attention_bwd-bf16-D64-grouped": (lambda: attention_bwd(dtype=torch.bfloat16, keys="grouped"), 4 * 4096),
+    "attention_bwd-bf16-D64-in-place": (lambda: attention_bwd(dtype=torch.bfloat16, n_hashes=2, in_place=True), 4 * 4096),
     "hash_sort-bf16-D64": (lambda: hash_sort(), 256 * 128),
     "hash_sort-fp16-D64-one-pass-masked": (lambda: hash_sort(dtype=torch.float16, factors=(128,), mask=True), 256 * 128),
     "hash_sort-fp16-D128-many-columns": (lambda: hash_sort(4096, 128, torch.float16, (128, 256)), 128 * 256),
@@ -123,10 +152,13 @@ LAUNCHES = {
     "residual-bf16-undo": (lambda: residual(dtype=torch.bfloat16, undo=True), 4096),
 }
 
+TENSOR_KERNELS = ("_attention_fwd_kernel", "_attention_bwd_kernel", "_hashing_fwd_kernel")
+
 # the same call at any length
 AT_LENGTH = {
     "combine_rounds": lambda length: combine_rounds(length, 4, 64, torch.bfloat16),
     "attention_fwd": attention_fwd,
+    "attention_bwd": attention_bwd,
     "hash_sort": hash_sort,
     "residual": residual,
 }
@@ -147,7 +179,7 @@ def test_compile_without_spills_and_with_wide_loads(launch, target):
 def test_compile_multiplies_16_bit_tiles_on_tensor_cores(target):
     for launch, kernels in compiled(target).items():
         for kernel in kernels:
-            if "fp32" not in launch and kernel["name"] in ("_attention_fwd_kernel", "_hashing_fwd_kernel"):
+            if "fp32" not in launch and kernel["name"] in TENSOR_KERNELS:
                 assert kernel["tensor_ops"] > 0, f"{launch}: {kernel}"
 
 
@@ -168,7 +200,7 @@ def test_compile_makes_few_variants_over_lengths(launcher):
 @functools.cache
 def compiled(target):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__, target], env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, __file__, target], env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
