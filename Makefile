@@ -4,10 +4,10 @@ INSTALLED := .venv/.installed
 KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.py combine_rounds.py backends.py forward_costs.py strict_memory.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-tritons test-gpu demo diagnose bench wheel clean
+.PHONY: help install lint format test test-tritons test-gpu demo diagnose audit audit-check bench wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -43,6 +43,13 @@ demo: install  ## train a small language model with exact and with LSH attention
 diagnose: install  ## recall of attention by rounds and span, on layers that the demo trains, into out/diagnose/
 	$(BIN)/python -m lsh_kernels diagnose --out out/diagnose/shared_qk
 	$(BIN)/python -m lsh_kernels diagnose --model exact --out out/diagnose/exact
+
+audit: install  ## what the compiled kernels say on five targets, modelled times; accepts it into bench/results/ and docs/
+	$(BIN)/python -m lsh_kernels audit --out bench/results/audit.csv --model --picture docs/audit.png
+	$(BIN)/python bench/dense.py
+
+audit-check: install  ## fail if a kernel got worse than in bench/results/audit.csv
+	$(BIN)/python -m lsh_kernels audit --baseline bench/results/audit.csv
 
 bench: install  ## time attention on the CPU beside its peers, and profile it, into bench/results/
 	$(BIN)/python bench/attention.py

@@ -1,4 +1,4 @@
-"""Command line: `python -m lsh_kernels` with `doctor`, `demo` or `diagnose`."""
+"""Command line: `python -m lsh_kernels` with `doctor`, `demo`, `diagnose` or `audit`."""
 
 import argparse
 import platform
@@ -17,8 +17,9 @@ def main(argv=None):
     # these read their own options, --help included
     commands.add_parser("demo", help="train a small language model, exact attention beside LSH", add_help=False)
     commands.add_parser("diagnose", help="how much of exact attention LSH attention keeps, by rounds and span", add_help=False)
+    commands.add_parser("audit", help="what the compiled kernels' machine code says, without a GPU", add_help=False)
     options, rest = parser.parse_known_args(argv)
-    if options.command in ("demo", "diagnose"):
+    if options.command in ("demo", "diagnose", "audit"):
         return import_module(f"lsh_kernels.{options.command}").main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
