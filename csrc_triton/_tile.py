@@ -10,6 +10,17 @@ _FAR = 2**28
 FAR = tl.constexpr(_FAR)
 
 
+class Tile(NamedTuple):
+    """Head dims and what they are padded to, queries and keys of a tile."""
+
+    D: int
+    DV: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    M: int
+    N: int
+
+
 class Mode(NamedTuple):
     """The options of a call as constants of its kernels; nothing here follows from a length."""
 
@@ -92,7 +103,7 @@ def chunk_start(chunk, L, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def span_interval(slots, end, first, last, r, L, S, MODE: tl.constexpr):
+def span_interval(slots, end, first, last, r, L, S, BEFORE: tl.constexpr, AFTER: tl.constexpr, MODE: tl.constexpr):
     """[lo, hi) of key slots, before any clipping, of the queries in `slots` of round r. `end`: one past the last key of
     the bucket [first, last) that is not after the query."""
     if MODE.SPAN == "window":
@@ -104,13 +115,13 @@ def span_interval(slots, end, first, last, r, L, S, MODE: tl.constexpr):
         n_all = MODE.R * tl.cdiv(L, MODE.CHUNK)
         chunk = r * tl.cdiv(L, MODE.CHUNK) + slots // MODE.CHUNK
         # one turn on, since // rounds negative numbers towards zero
-        lo = chunk_start(chunk - MODE.BEFORE + n_all, L, MODE.CHUNK) - MODE.R * L
-        hi = chunk_start(chunk + MODE.AFTER + 1, L, MODE.CHUNK)
-        sees_all = MODE.BEFORE + 1 + MODE.AFTER >= n_all
+        lo = chunk_start(chunk - BEFORE + n_all, L, MODE.CHUNK) - MODE.R * L
+        hi = chunk_start(chunk + AFTER + 1, L, MODE.CHUNK)
+        sees_all = BEFORE + 1 + AFTER >= n_all
         lo, hi = tl.where(sees_all, 0, lo), tl.where(sees_all, MODE.R * L, hi)
     else:
         chunk = slots // MODE.CHUNK
-        lo, hi = (chunk - MODE.BEFORE) * MODE.CHUNK, (chunk + 1 + MODE.AFTER) * MODE.CHUNK
+        lo, hi = (chunk - BEFORE) * MODE.CHUNK, (chunk + 1 + AFTER) * MODE.CHUNK
     return lo, hi
 
 
@@ -132,7 +143,7 @@ def query_interval(
             limits_ptrs = limits_ptr + (row * (n_buckets + 1) + bucket) * 2
             first = tl.load(limits_ptrs, mask=slot_mask, other=0)
             last = tl.load(limits_ptrs + 1, mask=slot_mask, other=0)
-            lo, hi = span_interval(slots, slots + 1, first, last, r, L, S, MODE)
+            lo, hi = span_interval(slots, slots + 1, first, last, r, L, S, MODE.BEFORE, MODE.AFTER, MODE)
             lo, hi = tl.maximum(lo, first), tl.minimum(hi, last)
             if MODE.CAUSAL:
                 hi = tl.minimum(hi, end)
@@ -143,7 +154,7 @@ def query_interval(
             lo = tl.load(limits_ptrs, mask=slot_mask, other=0) - shift
             hi = lo + tl.load(limits_ptrs + 1, mask=slot_mask, other=0)
     else:
-        lo, hi = span_interval(slots, slots + 1, 0, S, r, L, S, MODE)
+        lo, hi = span_interval(slots, slots + 1, 0, S, r, L, S, MODE.BEFORE, MODE.AFTER, MODE)
         if not MODE.WRAP:
             lo, hi = tl.maximum(lo, 0), tl.minimum(hi, S)
             if MODE.CAUSAL and not MODE.HASHED:
@@ -155,6 +166,155 @@ def query_interval(
         hi = tl.where(is_local, tl.minimum(ahead, L), hi)
     empty_mask = (slots >= L) | (hi <= lo)
     return lo, tl.where(empty_mask, lo, hi)
+
+
+@triton.jit
+def key_interval(slots, k_pos, slot_mask, r, row, stretched_ptr, limits_ptr, L, S, n_buckets, MODE: tl.constexpr):
+    """[lo, hi) of the query slots of round r that see the keys in `slots`: `query_interval` turned round, chunks before
+    for chunks after. Not for hashed rounds of separate keys within buckets, where it depends on the data."""
+    # the first query not before the key; strict, it drops self
+    start = slots + 1 if MODE.SHARED else slots
+    if MODE.SHARED and MODE.WITHIN_BUCKET:
+        stretch = tl.minimum(MODE.WINDOW, S) + 1
+        bucket = (unmarked(tl.load(stretched_ptr + row * L + k_pos, mask=slot_mask, other=0)) - slots) // stretch
+        bucket = tl.where(slot_mask, bucket, 0)
+        limits_ptrs = limits_ptr + (row * (n_buckets + 1) + bucket) * 2
+        first = tl.load(limits_ptrs, mask=slot_mask, other=0)
+        last = tl.load(limits_ptrs + 1, mask=slot_mask, other=0)
+        lo, hi = span_interval(slots, slots + 1, first, last, r, L, S, MODE.AFTER, MODE.BEFORE, MODE)
+        lo, hi = tl.maximum(lo, first), tl.minimum(hi, last)
+        if MODE.CAUSAL:
+            lo = tl.maximum(lo, start)
+        hi = tl.where(bucket == n_buckets, lo, hi)
+    else:
+        lo, hi = span_interval(slots, slots + 1, 0, L, r, L, S, MODE.AFTER, MODE.BEFORE, MODE)
+        if not MODE.WRAP:
+            lo, hi = tl.maximum(lo, 0), tl.minimum(hi, L)
+            if MODE.CAUSAL and not MODE.HASHED:
+                lo = tl.maximum(lo, start)
+    if MODE.LOCAL_WINDOW:
+        is_local = r == MODE.R
+        behind = start if MODE.CAUSAL else tl.maximum(slots - MODE.LOCAL_WINDOW, 0)
+        lo = tl.where(is_local, behind, lo)
+        hi = tl.where(is_local, tl.minimum(slots + 1 + MODE.LOCAL_WINDOW, L), hi)
+    empty_mask = (slots >= S) | (hi <= lo)
+    return lo, tl.where(empty_mask, lo, hi)
+
+
+@triton.jit
+def slot_positions(slots, slot_mask, r, order_ptr, L, MODE: tl.constexpr):
+    """Positions of slots of round r. order_ptr: to the order of the round, with wrap to that of the first, for there
+    slots count through all rounds."""
+    pos = slots
+    if MODE.WRAP:
+        # intervals reach at most one turn beyond both ends of the cycle
+        pos = tl.where(pos < 0, pos + MODE.R * L, pos)
+        pos = tl.where(pos >= MODE.R * L, pos - MODE.R * L, pos)
+        if MODE.LOCAL_WINDOW:
+            pos = tl.where(slots * 0 + r < MODE.R, pos, slots)
+    if MODE.HASHED:
+        # the local round comes last and is in no order: nothing is read there
+        hashed_mask = slot_mask & (slots < tl.where(r < MODE.R, FAR, -FAR))
+        order = tl.load(order_ptr + pos, mask=hashed_mask, other=0)
+        pos = order
+        if MODE.LOCAL_WINDOW:
+            pos = tl.where(slots < tl.where(r < MODE.R, FAR, -FAR), order, slots)
+    return pos
+
+
+@triton.jit
+def position_mask(valid_mask, k_pos, q_pos, MODE: tl.constexpr):
+    """The pairs of valid_mask that causality and the mask of self leave, where slots don't tell; k_pos, q_pos broadcast."""
+    if MODE.CAUSAL and (MODE.WRAP or (MODE.HASHED and not MODE.WITHIN_BUCKET)):
+        ahead = k_pos - q_pos
+        valid_mask &= (ahead < 0) if MODE.SHARED else (ahead <= 0)
+    elif MODE.SHARED and not MODE.CAUSAL:
+        valid_mask &= k_pos != q_pos
+    return valid_mask
+
+
+@triton.jit
+def dedupe_reach(S, MODE: tl.constexpr):
+    """(before, width): in a round of shared QK i sees j if coord_i - before <= coord_j < coord_i - before + width."""
+    if MODE.SPAN == "window":
+        before = tl.minimum(MODE.WINDOW, S)
+        width = before + 1 if MODE.CAUSAL else 2 * before + 1
+    else:
+        before = tl.minimum(MODE.BEFORE, tl.cdiv(S, MODE.CHUNK))
+        width = before + tl.minimum(MODE.AFTER, tl.cdiv(S, MODE.CHUNK)) + 1
+    return before, width
+
+
+@triton.jit
+def earlier_intervals(q_pos, row_mask, r, pid_bh, coords_ptr, limits_ptr, L, S, MODE: tl.constexpr):
+    """What queries see in the rounds before r, in coordinates of keys: starts, and widths if these differ (tuples).
+    Rounds that are not before r get an interval that holds nothing."""
+    los, widths = (), ()
+    if MODE.DEDUPE:
+        for e in tl.static_range(MODE.ROUNDS - 1):
+            mask = row_mask & (q_pos < tl.where(r > e, FAR, -FAR))
+            offs = (pid_bh * MODE.R + e) * L + q_pos
+            if MODE.SHARED:
+                before, _ = dedupe_reach(S, MODE)
+                # no coordinate reaches 2^30
+                los += (unmarked(tl.load(coords_ptr + offs, mask=mask, other=1073741824)) - before,)
+            else:
+                los += (tl.load(limits_ptr + offs * 2, mask=mask, other=0),)
+                widths += (tl.load(limits_ptr + offs * 2 + 1, mask=mask, other=0),)
+    return los, widths
+
+
+@triton.jit
+def earlier_coords(k_pos, k_mask, r, pid_kv, coords_ptr, S, MODE: tl.constexpr):
+    """Coordinates of keys in the rounds before r (a tuple); what stands for other rounds meets no interval."""
+    coords = ()
+    if MODE.DEDUPE:
+        for e in tl.static_range(MODE.ROUNDS - 1):
+            mask = k_mask & (k_pos < tl.where(r > e, FAR, -FAR))
+            coords += (unmarked(tl.load(coords_ptr + (pid_kv * MODE.R + e) * S + k_pos, mask=mask, other=0)),)
+    return coords
+
+
+@triton.jit
+def own_earlier_coords(k_pos, k_mask, r, pid_kv, coords_ptr, S, MODE: tl.constexpr):
+    """`earlier_coords` of the keys that a program owns. With shared QK queries are walked by `earlier_coords` as well, so
+    their reach goes here, and rounds that are not before r get a coordinate that nobody sees."""
+    coords = earlier_coords(k_pos, k_mask, r, pid_kv, coords_ptr, S, MODE)
+    if MODE.SHARED and MODE.DEDUPE:
+        before, _ = dedupe_reach(S, MODE)
+        reached = ()
+        for e in tl.static_range(MODE.ROUNDS - 1):
+            # no coordinate reaches 2^30
+            reached += (tl.where(r > e, coords[e] + before, -1073741824),)
+        coords = reached
+    return coords
+
+
+@triton.jit
+def is_first_round(los, widths, coords, S, MODE: tl.constexpr, KEYS_FIRST: tl.constexpr = False):
+    """Mask [queries, keys] (KEYS_FIRST: [keys, queries]) of the pairs that no round before has."""
+    Q: tl.constexpr = 0 if KEYS_FIRST else 1
+    if MODE.SHARED:
+        _, width = dedupe_reach(S, MODE)
+        near = tl.full([1, 1], 4294967295, tl.uint32)
+    else:
+        near = tl.full([1, 1], 0, tl.int1)
+    for e in tl.static_range(MODE.ROUNDS - 1):
+        coord = tl.expand_dims(coords[e], 1 - Q)
+        distance = (coord - tl.expand_dims(los[e], Q)).to(tl.uint32)
+        if MODE.SHARED:
+            near = tl.minimum(near, distance)
+        else:
+            near |= distance < tl.expand_dims(widths[e], Q).to(tl.uint32)
+    return near >= width.to(tl.uint32) if MODE.SHARED else ~near
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, row_mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of D columns as a tile [rows, BLOCK_D], zeros where there is nothing. ptr: to the head."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    return tl.load(ptrs, mask=row_mask[:, None] & (offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """Attention over sorted rounds: an interval of key slots per query, online softmax, rounds joined by combine_rounds."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -9,14 +8,20 @@ import triton.language as tl
 
 from ._tile import (
     FAR,
+    Tile,
     ceil_div,
     dropout_args,
     dropout_keep,
+    earlier_coords,
+    earlier_intervals,
+    is_first_round,
     is_within,
     mode_of,
     next_power_of_2,
     online_softmax,
+    position_mask,
     query_interval,
+    slot_positions,
     span_interval,
     unmarked,
     walk_range,
@@ -26,17 +31,6 @@ from .combine_rounds import SelfOnly, combine_rounds
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2_E = math.log2(math.e)
 _LN_2 = tl.constexpr(math.log(2))
-
-
-class Tile(NamedTuple):
-    """Head dims and what they are padded to, queries and keys of a tile."""
-
-    D: int
-    DV: int
-    BLOCK_D: int
-    BLOCK_DV: int
-    M: int
-    N: int
 
 
 @triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets", "keep_from"])
@@ -101,19 +95,7 @@ def _attention_fwd_kernel(
     for start in range(first, last, BLOCK_N):
         k_slots = start + tl.arange(0, BLOCK_N)
         k_mask = k_slots < last
-        k_pos = k_slots
-        if MODE.WRAP:
-            # intervals reach at most one turn beyond both ends of the cycle
-            k_pos = tl.where(k_pos < 0, k_pos + MODE.R * L, k_pos)
-            k_pos = tl.where(k_pos >= MODE.R * L, k_pos - MODE.R * L, k_pos)
-            if MODE.LOCAL_WINDOW:
-                k_pos = tl.where(k_slots * 0 + r < MODE.R, k_pos, k_slots)
-        if MODE.HASHED:
-            k_hashed_mask = k_mask & (k_slots < tl.where(r < MODE.R, FAR, -FAR))
-            k_order = tl.load(k_order_ptr + k_pos, mask=k_hashed_mask, other=0)
-            k_pos = k_order
-            if MODE.LOCAL_WINDOW:
-                k_pos = tl.where(k_slots < tl.where(r < MODE.R, FAR, -FAR), k_order, k_slots)
+        k_pos = slot_positions(k_slots, k_mask, r, k_order_ptr, L, MODE)
         if CHECK_PADDING:
             k_mask &= tl.load(padding_ptr + b * S + k_pos, mask=k_mask, other=1) == 0
             # a slot that no interval holds
@@ -130,13 +112,10 @@ def _attention_fwd_kernel(
             logits *= logit_scale
 
         valid_mask = is_within(k_slots[None, :], lo[:, None], (hi - lo)[:, None])
-        if MODE.CAUSAL and (MODE.WRAP or (MODE.HASHED and not MODE.WITHIN_BUCKET)):
-            ahead = k_pos[None, :] - q_pos[:, None]
-            valid_mask &= (ahead < 0) if MODE.SHARED else (ahead <= 0)
-        elif MODE.SHARED and not MODE.CAUSAL:
-            valid_mask &= k_pos[None, :] != q_pos[:, None]
+        valid_mask = position_mask(valid_mask, k_pos[None, :], q_pos[:, None], MODE)
         if MODE.DEDUPE:
-            valid_mask &= is_first_round(k_pos, k_mask, r, pid_kv, seen_lo, seen_width, coords_ptr, S, MODE)
+            coords = earlier_coords(k_pos, k_mask, r, pid_kv, coords_ptr, S, MODE)
+            valid_mask &= is_first_round(seen_lo, seen_width, coords, S, MODE)
         logits = tl.where(valid_mask, logits, float("-inf"))
         probs, m_i, l_i, acc = online_softmax(logits, m_i, l_i, acc)
         if MODE.DROPOUT:
@@ -153,55 +132,6 @@ def _attention_fwd_kernel(
     tl.store(lse_ptr + offs_out, (m_i + tl.log2(l_finite)) * _LN_2, mask=row_mask)
     out_ptrs = out_ptr + offs_out[:, None] * TILE.DV + offs_dv[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=alive_mask[:, None] & v_col_mask[None, :])
-
-
-@triton.jit
-def dedupe_reach(S, MODE: tl.constexpr):
-    """(before, width): in a round of shared QK i sees j if coord_i - before <= coord_j < coord_i - before + width."""
-    if MODE.SPAN == "window":
-        before = tl.minimum(MODE.WINDOW, S)
-        width = before + 1 if MODE.CAUSAL else 2 * before + 1
-    else:
-        before = tl.minimum(MODE.BEFORE, tl.cdiv(S, MODE.CHUNK))
-        width = before + tl.minimum(MODE.AFTER, tl.cdiv(S, MODE.CHUNK)) + 1
-    return before, width
-
-
-@triton.jit
-def earlier_intervals(q_pos, row_mask, r, pid_bh, coords_ptr, limits_ptr, L, S, MODE: tl.constexpr):
-    """What queries see in the rounds before r, in coordinates of keys: starts, and widths if these differ (tuples).
-    Rounds that are not before r get an interval that holds nothing."""
-    los, widths = (), ()
-    if MODE.DEDUPE:
-        for e in tl.static_range(MODE.ROUNDS - 1):
-            mask = row_mask & (q_pos < tl.where(r > e, FAR, -FAR))
-            offs = (pid_bh * MODE.R + e) * L + q_pos
-            if MODE.SHARED:
-                before, _ = dedupe_reach(S, MODE)
-                # no coordinate reaches 2^30
-                los += (unmarked(tl.load(coords_ptr + offs, mask=mask, other=1073741824)) - before,)
-            else:
-                los += (tl.load(limits_ptr + offs * 2, mask=mask, other=0),)
-                widths += (tl.load(limits_ptr + offs * 2 + 1, mask=mask, other=0),)
-    return los, widths
-
-
-@triton.jit
-def is_first_round(k_pos, k_mask, r, pid_kv, los, widths, coords_ptr, S, MODE: tl.constexpr):
-    """Mask of the pairs that no round before r has."""
-    if MODE.SHARED:
-        _, width = dedupe_reach(S, MODE)
-        near = tl.full([los[0].shape[0], k_pos.shape[0]], 4294967295, tl.uint32)
-    else:
-        near = tl.full([los[0].shape[0], k_pos.shape[0]], 0, tl.int1)
-    for e in tl.static_range(MODE.ROUNDS - 1):
-        mask = k_mask & (k_pos < tl.where(r > e, FAR, -FAR))
-        coord = unmarked(tl.load(coords_ptr + (pid_kv * MODE.R + e) * S + k_pos, mask=mask, other=0))
-        if MODE.SHARED:
-            near = tl.minimum(near, (coord[None, :] - los[e][:, None]).to(tl.uint32))
-        else:
-            near |= is_within(coord[None, :], los[e][:, None], widths[e][:, None])
-    return near >= width.to(tl.uint32) if MODE.SHARED else ~near
 
 
 @triton.jit(do_not_specialize=["L", "n_buckets", "gap"])
@@ -270,14 +200,14 @@ def _stretched_intervals_kernel(
             before = tl.load(k_order_ptr + middle, mask=open_mask, other=0) <= limit
             above = tl.where(open_mask & (~before), middle, above)
             end = tl.where(open_mask & before, middle + 1, end)
-        lo, hi = span_interval(slots, end, first, last, r, L, S, MODE)
+        lo, hi = span_interval(slots, end, first, last, r, L, S, MODE.BEFORE, MODE.AFTER, MODE)
         lo, hi = tl.maximum(lo, first), tl.minimum(hi, last)
         if MODE.CAUSAL:
             hi = tl.minimum(hi, end)
         width = tl.maximum(hi - lo, 0)
         lo += shift
     else:
-        lo, hi = span_interval(slots, slots + 1, 0, S, r, L, S, MODE)
+        lo, hi = span_interval(slots, slots + 1, 0, S, r, L, S, MODE.BEFORE, MODE.AFTER, MODE)
         lo, hi = tl.maximum(lo, 0), tl.minimum(hi, S)
         # across buckets the stretched slots of both ends are needed
         ends_mask = slot_mask & (lo < hi)
@@ -330,7 +260,7 @@ def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inv
     Returns:
         out [B, H, L, Dv] in query's dtype, lse [B, H, L] float32, natural log, before dropout.
     """
-    _check(query, key, value, key_padding_mask, seed, state, options, inverse_norm)
+    check_inputs(query, key, value, key_padding_mask, seed, state, options, inverse_norm)
     o, shared = options, key is None
     B, H, L, D = query.shape
     Hkv, S, Dv = value.shape[1:]
@@ -418,7 +348,8 @@ def _launch_config(D, Dv, dtype, dedupe):
     return Tile(D, Dv, block_d, block_dv, block_m, 32 if widest <= 128 else 16), 4, 2
 
 
-def _check(query, key, value, key_padding_mask, seed, state, options, inverse_norm):
+def check_inputs(query, key, value, key_padding_mask, seed, state, options, inverse_norm):
+    """What the kernels rely on, forward and backward."""
     keys = query if key is None else key
     B, H, L, D = query.shape
     if value.dim() != 4 or keys.shape[:3] != value.shape[:3] or keys.shape[0] != B or keys.shape[3] != D:

@@ -1,4 +1,4 @@
-"""Joins the partial results of the hash rounds: softmax over the rounds' log-sum-exps."""
+"""Joins the partial results of the hash rounds: softmax over the rounds' log-sum-exps; in backward their sum."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._tile import ceil_div, dropout_args, dropout_keep, next_power_of_2, unmarked
+from ._tile import ceil_div, dropout_args, dropout_keep, load_rows, next_power_of_2, unmarked
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -25,6 +25,22 @@ class SelfOnly(NamedTuple):
     dropout_p: float
 
 
+class RoundGradients(NamedTuple):
+    """What the gradients of a call need beside the rounds' sums; see `attention_bwd`."""
+
+    dout: torch.Tensor
+    dlse: torch.Tensor | None  # contiguous
+    query: torch.Tensor
+    key: torch.Tensor | None  # None: shared QK
+    value: torch.Tensor
+    padding: torch.Tensor | None  # contiguous
+    seed: torch.Tensor | None
+    inverse_norm: torch.Tensor | None
+    q_stretched: torch.Tensor | None  # None: no query attends itself for lack of others
+    scale: float
+    dropout_p: float
+
+
 class _Case(NamedTuple):
     """SelfOnly as constants of the kernel."""
 
@@ -34,6 +50,14 @@ class _Case(NamedTuple):
     R_HASHED: int
     D: int
     BLOCK_D: int
+
+
+class _SelfGradients(NamedTuple):
+    """RoundGradients as constants of the kernel, where queries may attend only themselves."""
+
+    HAS_DLSE: bool
+    DROPOUT: bool
+    R_HASHED: int
 
 
 @triton.jit(do_not_specialize=["L", "keep_from"])
@@ -116,6 +140,106 @@ def _combine_rounds_fwd_kernel(
     tl.store(combined_lse_ptr + offs_row, total, mask=row_mask)
 
 
+@triton.jit
+def sum_rounds(ptr, rows, row_mask, n_rows, WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr):
+    """Sum over rounds of D columns of the rows of WIDTH, n_rows per round: fp32 [rows, BLOCK_D]. ptr: to the first round."""
+    acc = tl.zeros([rows.shape[0], BLOCK_D], tl.float32)
+    for _ in tl.static_range(R):
+        acc += load_rows(ptr, rows, WIDTH, row_mask, D, BLOCK_D).to(tl.float32)
+        ptr += n_rows * WIDTH
+    return acc
+
+
+@triton.jit
+def store_rows(ptr, rows, tile, row_mask, D: tl.constexpr):
+    """Store the D columns of a tile to contiguous rows."""
+    offs_d = tl.arange(0, tile.shape[1])
+    mask = row_mask[:, None] & (offs_d < D)[None, :]
+    tl.store(ptr + rows[:, None] * D + offs_d[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_alone(ptr, strides, b, h, rows, alone_mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """fp32 rows of a user's tensor where a query attends only itself, else zeros."""
+    return load_rows(ptr + b * strides[0] + h * strides[1], rows, strides[2], alone_mask, D, BLOCK_D).to(tl.float32)
+
+
+@triton.jit
+def own_dlogit(dlse_ptr, stretched_ptr, pid_bh, rows, row_mask, L, scale, SELF: tl.constexpr):
+    """(mask of the queries that attend only themselves, gradient of their q.k: lse is scale * q.k and a constant)."""
+    # rows >= L are masked where SELF, for then L = S
+    stretched = tl.load(stretched_ptr + pid_bh * SELF.R_HASHED * L + rows, mask=row_mask, other=0)
+    alone_mask = row_mask & (stretched < 0)
+    dlogit = tl.zeros([rows.shape[0]], tl.float32)
+    if SELF.HAS_DLSE:
+        dlogit = tl.load(dlse_ptr + pid_bh * L + rows, mask=alone_mask, other=0.0) * scale
+    return alone_mask, dlogit
+
+
+@triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_q_programs", "keep_from"])
+def _combine_rounds_bwd_kernel(
+    q_parts_ptr, k_parts_ptr,  # inputs   [B, H, R, L, D], [B, HKV, R, S, D + DV]; of shared QK both [B, H, R, L, D + DV]
+    dout_ptr, dlse_ptr, q_ptr, k_ptr, inverse_norm_ptr, padding_ptr, seed_ptr, stretched_ptr,  # inputs of RoundGradients
+    dq_ptr, dk_ptr, dv_ptr,    # outputs  [B, H, L, D], [B, HKV, S, D], [B, HKV, S, DV] contiguous
+    dout_strides, q_strides, k_strides, H, HKV, L, S, n_q_programs, scale, keep_from, keep_scale,
+    R: tl.constexpr, SHARED: tl.constexpr, SELF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_M positions of one head: of a query head (dq), of a key head (dk and dv; these programs come
+    last) or, with shared QK, of both. It adds up what the rounds give its rows and, with SELF, what queries that attend only
+    themselves give: dv += dout, and the gradient of lse. Padded keys get 0."""
+    pid = tl.program_id(0)
+    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    if not SHARED and pid < n_q_programs:
+        n_tiles = tl.cdiv(L, BLOCK_M)
+        pid_bh = (pid // n_tiles).to(tl.int64)
+        b, h = pid_bh // H, pid_bh % H
+        rows = (pid % n_tiles) * BLOCK_M + offs_m
+        row_mask = rows < L
+        dq = sum_rounds(q_parts_ptr + pid_bh * R * L * D, rows, row_mask, L, D, D, BLOCK_D, R)
+        if SELF is not None:
+            if SELF.HAS_DLSE:
+                alone_mask, dlogit = own_dlogit(dlse_ptr, stretched_ptr, pid_bh, rows, row_mask, L, scale, SELF)
+                dq += dlogit[:, None] * load_alone(k_ptr, k_strides, b, h // (H // HKV), rows, alone_mask, D, BLOCK_D)
+        store_rows(dq_ptr + pid_bh * L * D, rows, dq, row_mask, D)
+    else:
+        WIDTH: tl.constexpr = D + DV
+        pid_k = pid if SHARED else pid - n_q_programs
+        n_tiles = tl.cdiv(S, BLOCK_M)
+        pid_kv = (pid_k // n_tiles).to(tl.int64)
+        b = pid_kv // HKV
+        rows = (pid_k % n_tiles) * BLOCK_M + offs_m
+        row_mask = rows < S
+        used_mask = row_mask
+        if padding_ptr is not None:
+            used_mask &= tl.load(padding_ptr + b * S + rows, mask=row_mask, other=1) == 0
+        k_parts_ptr += pid_kv * R * S * WIDTH
+        dk = sum_rounds(k_parts_ptr, rows, used_mask, S, WIDTH, D, BLOCK_D, R)
+        dv = sum_rounds(k_parts_ptr + D, rows, used_mask, S, WIDTH, DV, BLOCK_DV, R)
+        if SELF is not None:
+            group = H // HKV
+            for g in range(0, 1 if SHARED else group):
+                h = (pid_kv % HKV) * group + g
+                pid_bh = b * H + h
+                alone_mask, dlogit = own_dlogit(dlse_ptr, stretched_ptr, pid_bh, rows, row_mask, L, scale, SELF)
+                dout = load_alone(dout_ptr, dout_strides, b, h, rows, alone_mask, DV, BLOCK_DV)
+                if SELF.DROPOUT:
+                    offs_i = rows.to(tl.int32)
+                    dout *= tl.where(dropout_keep(seed_ptr, offs_i, offs_i, h, b, keep_from), keep_scale, 0.0)[:, None]
+                dv += dout
+                if SELF.HAS_DLSE:
+                    dunit = dlogit[:, None] * load_alone(q_ptr, q_strides, b, h, rows, alone_mask, D, BLOCK_D)
+                    if SHARED:
+                        # through the query, and through the norm of the key
+                        inverse_norm = tl.load(inverse_norm_ptr + pid_bh * L + rows, mask=alone_mask, other=0.0)[:, None]
+                        unit = inverse_norm * load_alone(q_ptr, q_strides, b, h, rows, alone_mask, D, BLOCK_D)
+                        dk += dlogit[:, None] * unit + (dunit - unit * tl.sum(unit * dunit, 1)[:, None]) * inverse_norm
+                    else:
+                        dk += dunit
+        store_rows(dk_ptr + pid_kv * S * D, rows, dk, row_mask, D)
+        store_rows(dv_ptr + pid_kv * S * DV, rows, dv, row_mask, DV)
+
+
 def combine_rounds(out, lse, self_only=None):
     """Softmax over rounds: `combined = sum_r exp(lse_r - lse) out_r`, `lse = logsumexp_r lse_r`.
 
@@ -147,6 +271,39 @@ def combine_rounds(out, lse, self_only=None):
         R=R, DV=Dv, BLOCK_M=block_m, BLOCK_D=block_d, SELF=case, num_warps=num_warps,
     )  # fmt: skip
     return combined, combined_lse
+
+
+def combine_rounds_bwd(q_parts, k_parts, call):
+    """Sums of what the rounds give, with the gradients of queries that attend only themselves.
+
+    Args:
+        q_parts: [B, H, R, L, D] contiguous, each round's gradient of queries.
+        k_parts: [B, Hkv, R, S, D + Dv] contiguous, each round's gradients of keys and values. Shared QK: both are one
+            tensor [B, H, R, L, D + Dv].
+        call: a `RoundGradients`.
+
+    Returns:
+        dquery [B, H, L, D], dkey [B, Hkv, S, D] (None if shared), dvalue [B, Hkv, S, Dv] in the dtype of the inputs.
+    """
+    shared = call.key is None
+    (B, H, L, D), (Hkv, S, Dv) = call.query.shape, call.value.shape[1:]
+    new = {"dtype": call.query.dtype, "device": call.query.device}
+    dquery, dvalue = torch.empty((B, H, L, D), **new), torch.empty((B, Hkv, S, Dv), **new)
+    dkey = None if shared else torch.empty((B, Hkv, S, D), **new)
+    keys = call.query if shared else call.key
+    self_only = None
+    if call.q_stretched is not None:
+        self_only = _SelfGradients(call.dlse is not None, call.dropout_p > 0, call.q_stretched.shape[2])
+    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
+    block_m = 4096 // (max(block_d, block_dv) * q_parts.element_size())
+    n_q_programs = 0 if shared else B * H * ceil_div(L, block_m)
+    _combine_rounds_bwd_kernel[(n_q_programs + B * Hkv * ceil_div(S, block_m),)](
+        q_parts, k_parts, call.dout, call.dlse, call.query, keys, call.inverse_norm, call.padding, call.seed,
+        call.q_stretched, dquery, dquery if shared else dkey, dvalue, call.dout.stride(), call.query.stride(),
+        keys.stride(), H, Hkv, L, S, n_q_programs, call.scale, *dropout_args(call.dropout_p), R=q_parts.shape[2],
+        SHARED=shared, SELF=self_only, D=D, BLOCK_D=block_d, DV=Dv, BLOCK_DV=block_dv, BLOCK_M=block_m, num_warps=4,
+    )  # fmt: skip
+    return dquery, dkey, dvalue
 
 
 def _launch_config(D, dtype):

@@ -1,10 +1,11 @@
-"""The whole forward in launches: hash, sort, attention, combine."""
+"""The whole forward in launches: hash, sort, attention, combine; and the whole backward."""
 
 import math
 from typing import NamedTuple
 
 import torch
 
+from .attention_bwd import attention_bwd
 from .attention_fwd import attention_fwd
 from .bucket_sort import sort_buckets
 from .hashing import hash_rows
@@ -30,7 +31,7 @@ def attention_forward(query, key, value, key_padding_mask, seed, rotations, q_bu
     Returns:
         out [B, H, L, Dv], lse [B, H, L] float32, `SortedRounds` for backward.
     """
-    query, key, value = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = _with_contiguous_rows(query, key, value)
     n_buckets, stretch = math.prod(options.factors), min(options.window, value.shape[2]) + 1
 
     def sort(x, buckets, padding, norm_eps):
@@ -50,3 +51,13 @@ def attention_forward(query, key, value, key_padding_mask, seed, rotations, q_bu
         state = SortedRounds(*sort(query, q_buckets, None, None)[:2], *sort(key, k_buckets, key_padding_mask, None)[:2])
     out, lse = attention_fwd(query, key, value, key_padding_mask, seed, state, options, inverse_norm)
     return out, lse, state
+
+
+def attention_backward(dout, dlse, query, key, value, key_padding_mask, seed, out, lse, state, options):
+    """Gradients of `attention_forward`: dquery, dkey (None if shared), dvalue. Arguments as in `attention_bwd`, any strides."""
+    dout, query, key, value = _with_contiguous_rows(dout, query, key, value)
+    return attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, lse, state, options)
+
+
+def _with_contiguous_rows(*tensors):
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -12,7 +12,7 @@ from typing import get_type_hints
 import torch
 from torch import Tensor
 
-from . import recompute, torch_backend
+from . import recompute
 from .config import AttentionOptions
 from .torch_backend import SortedRounds
 
@@ -28,7 +28,8 @@ _library.define(
 )
 _library.define(
     f"attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse, "
-    f"{', '.join(f'Tensor {name}' for name in _ROUNDS)}, {_OPTIONS}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
+    f"{', '.join(f'Tensor {name}' for name in _ROUNDS)}, {_OPTIONS}, str backend) -> "
+    "(Tensor dquery, Tensor dkey, Tensor dvalue)"
 )
 _library.define("lsh_hash(Tensor x, Tensor rotations, int[] factors, str backend) -> Tensor")
 _library.define("bucket_sort(Tensor buckets, int n_buckets, Tensor? key_padding_mask, str backend) -> Tensor")
@@ -136,12 +137,15 @@ def _attention_backward(
     k_stretched,
     *options,
 ):
+    *options, backend = options
     options = AttentionOptions(*options)
+    if backend == "triton" and query.shape[0]:
+        from .csrc_triton.pipeline import attention_backward
+    else:
+        from .torch_backend import attention_bwd as attention_backward
     k_rounds = (None, None) if k_order.numel() == 0 else (k_order, k_stretched)
     state = SortedRounds(q_order, q_stretched, *k_rounds)
-    dquery, dkey, dvalue = torch_backend.attention_bwd(
-        dout, dlse, query, key, value, key_padding_mask, seed, out, lse, state, options
-    )
+    dquery, dkey, dvalue = attention_backward(dout, dlse, query, key, value, key_padding_mask, seed, out, lse, state, options)
     return dquery, query.new_empty(0) if dkey is None else dkey, dvalue
 
 
@@ -152,7 +156,7 @@ def _(dout, dlse, query, key, value, *_):
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, key_padding_mask, seed, _, _, _, *ctx.options, _ = inputs
+    query, key, value, key_padding_mask, seed, _, _, _, *ctx.options, ctx.backend = inputs
     ctx.save_for_backward(query, key, value, key_padding_mask, seed, *output)
     ctx.set_materialize_grads(False)
 
@@ -165,7 +169,7 @@ def _differentiate(ctx, dout, dlse, *_):
     if dout is None:
         dout = torch.zeros_like(out)
     dquery, dkey, dvalue = torch.ops.lsh_kernels.attention_backward(
-        dout, dlse, query, key, value, key_padding_mask, seed, out, lse, *rounds, *ctx.options
+        dout, dlse, query, key, value, key_padding_mask, seed, out, lse, *rounds, *ctx.options, ctx.backend
     )
     return dquery, None if key is None else dkey, dvalue, *(None,) * (n_inputs - 3)
 

@@ -1,0 +1,427 @@
+"""Gradients of attention over sorted rounds, without atomics: probabilities are recomputed from the total lse.
+
+With P_ij = exp(s_ij - lse_i) over the union of all rounds, dS = P * (dP - delta), delta_i = do_i.o_i - dlse_i, and
+dq_i = scale * sum_j dS_ij k_j, dk_j = scale * sum_i dS_ij q_i, dv_j = sum_i P_ij do_i. The queries that see a key slot are
+an interval of slots as well, so that a program owns a tile of rows as keys and as queries and writes each of its sums once.
+
+Source: Dao 2022 (arXiv 2205.14135), the backward from lse; Kitaev et al. 2020 (arXiv 2001.04451), the rounds.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ._tile import (
+    FAR,
+    Tile,
+    ceil_div,
+    dropout_args,
+    dropout_keep,
+    earlier_coords,
+    earlier_intervals,
+    is_first_round,
+    is_within,
+    key_interval,
+    load_rows,
+    mode_of,
+    next_power_of_2,
+    own_earlier_coords,
+    position_mask,
+    query_interval,
+    slot_positions,
+    unmarked,
+    walk_range,
+)
+from .attention_fwd import check_inputs, interval_tables
+from .combine_rounds import RoundGradients, combine_rounds_bwd
+
+_LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(_LOG2_E)
+
+
+@triton.jit(do_not_specialize=["H", "L", "eps"])
+def _attention_bwd_prepare_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr,  # inputs   [B, H, L, DV] twice, [B, H, L] twice; dlse may be None
+    q_ptr, padding_ptr,                    #          [B, H, L, D] (None: separate keys), [B, L] or None
+    stats_ptr, inverse_norm_ptr,           # outputs  [B, H, L, 2], [B, H, L] if shared
+    dout_strides, q_strides, H, L, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_M positions of one head. It writes lse in base 2 (inf where there is no target: then P = 0)
+    and delta side by side, since they are gathered together, and the inverse norm of shared keys, 0 for zero and for
+    padded rows."""
+    pid = tl.program_id(0)
+    n_tiles = tl.cdiv(L, BLOCK_M)
+    pid_bh = (pid // n_tiles).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    offs_m = ((pid % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    row_mask = offs_m < L
+    offs_row = pid_bh * L + offs_m
+
+    dout_ptr += b * dout_strides[0] + h * dout_strides[1]
+    out = load_rows(out_ptr + pid_bh * L * DV, offs_m, DV, row_mask, DV, BLOCK_DV).to(tl.float32)
+    dout = load_rows(dout_ptr, offs_m, dout_strides[2], row_mask, DV, BLOCK_DV).to(tl.float32)
+    delta = tl.sum(out * dout, 1)
+    lse = tl.load(lse_ptr + offs_row, mask=row_mask, other=0.0)
+    no_target_mask = lse == float("-inf")
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + offs_row, mask=row_mask & ~no_target_mask, other=0.0)
+    tl.store(stats_ptr + offs_row * 2, tl.where(no_target_mask, float("inf"), lse * LOG2_E), mask=row_mask)
+    tl.store(stats_ptr + offs_row * 2 + 1, delta, mask=row_mask)
+
+    if q_ptr is not None:
+        used_mask = row_mask
+        if padding_ptr is not None:
+            used_mask &= tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=1) == 0
+        q_ptr += b * q_strides[0] + h * q_strides[1]
+        q = load_rows(q_ptr, offs_m, q_strides[2], used_mask, D, BLOCK_D).to(tl.float32)
+        square = tl.sum(q * q, 1)
+        inverse = tl.where(square == 0.0, 0.0, 1.0 / tl.sqrt_rn(tl.where(square == 0.0, 1.0, square + eps)))
+        tl.store(inverse_norm_ptr + offs_row, inverse, mask=row_mask)
+
+
+@triton.jit
+def count_queries(
+    bucket, edge, order_ptr, stretched_ptr, limits_ptr, L, stretch, OF_STARTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """How many query slots of a round lie in a bucket before `bucket`, or in it with an interval of keys that ends
+    (OF_STARTS: starts) at the stretched slot `edge` or before. Searched BLOCK slots at a time. All pointers: to the round."""
+    count, step = 0, 1
+    while step * BLOCK < L:
+        step *= BLOCK
+    while step > 0:
+        slots = count + tl.arange(0, BLOCK) * step
+        slot_mask = slots < L
+        pos = tl.load(order_ptr + slots, mask=slot_mask, other=0)
+        q_bucket = (unmarked(tl.load(stretched_ptr + pos, mask=slot_mask, other=0)) - slots) // stretch
+        end = tl.load(limits_ptr + pos * 2, mask=slot_mask, other=0)
+        if not OF_STARTS:
+            end += tl.load(limits_ptr + pos * 2 + 1, mask=slot_mask, other=0)
+        before_mask = slot_mask & ((q_bucket < bucket) | ((q_bucket == bucket) & (end <= edge)))
+        n_before = tl.sum(before_mask.to(tl.int32), 0)
+        # the last slot that lies before is known: the next, finer search starts with it
+        count += tl.where(step == 1, n_before, tl.maximum(n_before - 1, 0) * step)
+        step //= BLOCK
+    return count
+
+
+@triton.jit
+def search_queries(
+    stretched, slots, slot_mask, row, order_ptr, stretched_ptr, limits_ptr, L, S, n_buckets, MODE: tl.constexpr
+):  # fmt: skip
+    """[lo, hi) of the query slots of a round that see any of the keys with these stretched slots. row: (b, h, r)."""
+    stretch = tl.minimum(MODE.WINDOW, S) + 1
+    bucket = (stretched - slots) // stretch
+    # the bucket of padding comes last and nobody sees it
+    real_mask = slot_mask & (bucket < n_buckets)
+    order_ptr += row * L
+    stretched_ptr += row * L
+    limits_ptr += row * L * 2
+    n_slots = tl.where(tl.max(slot_mask.to(tl.int32), 0) > 0, L, 0)
+    lowest, lowest_bucket = tl.min(tl.where(real_mask, stretched, 4 * FAR), 0), tl.min(tl.where(real_mask, bucket, FAR), 0)
+    highest, highest_bucket = tl.max(tl.where(real_mask, stretched, -1), 0), tl.max(tl.where(real_mask, bucket, -1), 0)
+    lo = count_queries(lowest_bucket, lowest, order_ptr, stretched_ptr, limits_ptr, n_slots, stretch, False, 256)
+    hi = count_queries(highest_bucket, highest, order_ptr, stretched_ptr, limits_ptr, n_slots, stretch, True, 256)
+    none = tl.zeros_like(slots)
+    return none + lo, none + tl.maximum(lo, hi)
+
+
+@triton.jit
+def recompute_probs(logits, valid_mask, lse):
+    """P from logits and the total lse in base 2; never above 1, however coarse the grid of huge logits is."""
+    return tl.where(valid_mask, tl.exp2(tl.minimum(logits - lse, 0.0)), 0.0)
+
+
+@triton.jit
+def store_gradients(ptrs, gradients, mask, first_round, IN_PLACE: tl.constexpr):
+    """Store partial gradients, in place on top of what the rounds before have left."""
+    if IN_PLACE:
+        if first_round > 0:
+            gradients += tl.load(ptrs, mask=mask, other=0.0)
+    tl.store(ptrs, gradients.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets", "first_round", "n_rounds", "keep_from"])
+def _attention_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr,            # inputs   [B, H, L, D], [B, HKV, S, D], [B, HKV, S, DV], [B, H, L, DV]
+    stats_ptr, inverse_norm_ptr,              #          [B, H, L, 2], [B, H, L] if shared
+    padding_ptr, seed_ptr,                    #          [B, S], [1]
+    q_order_ptr, q_stretched_ptr,             #          [B, H, R, L]
+    k_order_ptr, coords_ptr, limits_ptr,      #          [B, HKV, R, S] twice, and see query_interval
+    gradients_ptr,                            # output   [B, H or HKV, n_rounds, L or S, columns of PART]
+    q_strides, k_strides, v_strides, dout_strides, H, HKV, L, S, n_buckets, first_round, n_rounds,
+    scale, logit_scale, keep_from, keep_scale,
+    MODE: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    """One program owns TILE.M slots of one of the rounds first_round + (0 .. n_rounds - 1), gathers their rows and
+    scatters their gradients to positions. As keys ("keys") they walk the query slots that see them, head after head of the
+    group, for dk and dv; as queries ("queries") the key slots that they see, for dq. Shared rows ("both") do one after the
+    other, and the gradient through the norm of the key starts the sum of dq. Columns: dk dv, dq, or dqk dv."""
+    BLOCK_M: tl.constexpr = TILE.M
+    BLOCK_N: tl.constexpr = TILE.N
+    BLOCK_D: tl.constexpr = TILE.BLOCK_D
+    BLOCK_DV: tl.constexpr = TILE.BLOCK_DV
+    N_COLUMNS: tl.constexpr = TILE.D if PART == "queries" else TILE.D + TILE.DV
+    # the queries that see a key depend on the data
+    SEARCHED: tl.constexpr = MODE.HASHED and MODE.WITHIN_BUCKET and not MODE.SHARED
+    # within hashed buckets no interval holds a padded key
+    CHECK_PADDING: tl.constexpr = MODE.HAS_PADDING and (MODE.LOCAL_WINDOW > 0 or not MODE.WITHIN_BUCKET)
+    pid = tl.program_id(0)
+    n_own, n_heads = (S, HKV) if PART == "keys" else (L, H)
+    n_tiles = tl.cdiv(n_own, BLOCK_M)
+    r = first_round + pid // n_tiles % n_rounds
+    pid_own = (pid // (n_tiles * n_rounds)).to(tl.int64)
+    b, h_own = pid_own // n_heads, pid_own % n_heads
+    group = H // HKV
+    h_kv = h_own if PART == "keys" else h_own // group
+    pid_kv = b * HKV + h_kv
+    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    col_mask, v_col_mask = offs_d < TILE.D, offs_dv < TILE.DV
+
+    slots = (pid % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = slots < n_own
+    hashed_mask = slots < tl.where(r < MODE.R, n_own, 0)
+    row = pid_own * MODE.R + r
+    own_order_ptr = k_order_ptr if PART == "keys" else q_order_ptr
+    pos = slot_positions(slots, row_mask, r, own_order_ptr + row * n_own, L, MODE)
+    gradients_ptr += (pid_own * n_rounds + r - first_round) * n_own * N_COLUMNS
+    used_mask = row_mask
+    if CHECK_PADDING and (MODE.SHARED or PART == "keys"):
+        used_mask &= tl.load(padding_ptr + b * S + pos, mask=row_mask, other=1) == 0
+    order_round = 0 if MODE.WRAP else r
+    k_ptr += b * k_strides[0] + h_kv * k_strides[1]
+    v_ptr += b * v_strides[0] + h_kv * v_strides[1]
+
+    if PART != "queries":
+        own_k = load_rows(k_ptr, pos, k_strides[2], used_mask, TILE.D, BLOCK_D)  # [M, BLOCK_D]
+        own_v = load_rows(v_ptr, pos, v_strides[2], used_mask, TILE.DV, BLOCK_DV)  # [M, BLOCK_DV]
+        key_scale = tl.zeros([BLOCK_M], tl.float32) + logit_scale
+        if MODE.SHARED:
+            own_inverse_norm = tl.load(inverse_norm_ptr + pid_own * L + pos, mask=row_mask, other=0.0)
+            key_scale *= own_inverse_norm
+        own_coords = own_earlier_coords(pos, row_mask, r, pid_kv, coords_ptr, S, MODE)
+        lo, hi = key_interval(slots, pos, hashed_mask, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
+        hi = tl.where(used_mask, hi, lo)
+        if SEARCHED:
+            stretched = tl.load(coords_ptr + row * S + pos, mask=hashed_mask, other=0)
+        dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        for g in range(0, 1 if MODE.SHARED else group):
+            h = h_own if MODE.SHARED else h_kv * group + g
+            pid_bh = b * H + h
+            row_bh = pid_bh * MODE.R + r
+            if SEARCHED:
+                found_lo, found_hi = search_queries(
+                    stretched, slots, hashed_mask, row_bh, q_order_ptr, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE
+                )
+                if MODE.LOCAL_WINDOW:
+                    found_lo, found_hi = tl.where(r < MODE.R, found_lo, lo), tl.where(r < MODE.R, found_hi, hi)
+                lo, hi = found_lo, found_hi
+            first, last = walk_range(lo, hi)
+            order_ptr = q_order_ptr + (pid_bh * MODE.R + order_round) * L
+            for start in range(first, last, BLOCK_N):
+                q_slots = start + tl.arange(0, BLOCK_N)
+                q_mask = q_slots < last
+                q_pos = slot_positions(q_slots, q_mask, r, order_ptr, L, MODE)
+                q_used_mask = q_mask
+                if CHECK_PADDING and MODE.SHARED:
+                    # a padded query is a row of zeros
+                    q_used_mask &= tl.load(padding_ptr + b * S + q_pos, mask=q_mask, other=1) == 0
+                q_rows_ptr = q_ptr + b * q_strides[0] + h * q_strides[1]
+                q = load_rows(q_rows_ptr, q_pos, q_strides[2], q_used_mask, TILE.D, BLOCK_D)  # [N, BLOCK_D]
+                dout_rows_ptr = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
+                dout = load_rows(dout_rows_ptr, q_pos, dout_strides[2], q_mask, TILE.DV, BLOCK_DV)  # [N, BLOCK_DV]
+                stats_ptrs = stats_ptr + (pid_bh * L + q_pos) * 2
+                lse = tl.load(stats_ptrs, mask=q_mask, other=float("inf"))
+                delta = tl.load(stats_ptrs + 1, mask=q_mask, other=0.0)
+
+                valid_mask = is_within(q_slots[None, :], lo[:, None], (hi - lo)[:, None])  # [M, N]
+                if SEARCHED:
+                    # the local round is left to its slots
+                    q_hashed_mask = q_mask & (q_slots < tl.where(r < MODE.R, FAR, -FAR))
+                    limits_ptrs = limits_ptr + (row_bh * L + q_pos) * 2
+                    seen_from = tl.load(limits_ptrs, mask=q_hashed_mask, other=0)
+                    seen_width = tl.load(limits_ptrs + 1, mask=q_hashed_mask, other=1)
+                    valid_mask &= is_within(stretched[:, None], seen_from[None, :], seen_width[None, :])
+                valid_mask = position_mask(valid_mask, pos[:, None], q_pos[None, :], MODE)
+                if MODE.DEDUPE:
+                    if MODE.SHARED:
+                        los, widths = earlier_coords(q_pos, q_mask, r, pid_bh, coords_ptr, L, MODE), ()
+                    else:
+                        los, widths = earlier_intervals(q_pos, q_mask, r, pid_bh, coords_ptr, limits_ptr, L, S, MODE)
+                    valid_mask &= is_first_round(los, widths, own_coords, S, MODE, KEYS_FIRST=True)
+                logits = tl.dot(own_k, tl.trans(q), input_precision="ieee") * key_scale[:, None]
+                probs = recompute_probs(logits, valid_mask, lse[None, :])  # [M, N]
+                dprobs = tl.dot(own_v, tl.trans(dout), input_precision="ieee")
+                kept = probs
+                if MODE.DROPOUT:
+                    keep_mask = dropout_keep(seed_ptr, pos[:, None], q_pos[None, :], h, b, keep_from)
+                    kept = tl.where(keep_mask, probs, 0.0)
+                    dprobs = tl.where(keep_mask, dprobs * keep_scale, 0.0)
+                dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee")
+                dlogits = probs * (dprobs - delta[None, :])
+                dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision="ieee")
+        if MODE.DROPOUT:
+            dv *= keep_scale
+        dv_ptrs = gradients_ptr + pos.to(tl.int64)[:, None] * N_COLUMNS + TILE.D + offs_dv[None, :]
+        store_gradients(dv_ptrs, dv, row_mask[:, None] & v_col_mask[None, :], first_round, IN_PLACE)
+        if MODE.SHARED:
+            # k = q / |q|: the gradient through k loses its part along k
+            unit = own_k.to(tl.float32) * own_inverse_norm[:, None]
+            dq = (dk - unit * tl.sum(unit * dk, 1)[:, None]) * own_inverse_norm[:, None]
+        else:
+            dk_ptrs = gradients_ptr + pos.to(tl.int64)[:, None] * N_COLUMNS + offs_d[None, :]
+            store_gradients(dk_ptrs, dk * scale, row_mask[:, None] & col_mask[None, :], first_round, IN_PLACE)
+    else:
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    if PART != "keys":
+        lo, hi = query_interval(slots, pos, hashed_mask, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
+        first, last = walk_range(lo, hi)
+        own_q = load_rows(q_ptr + b * q_strides[0] + h_own * q_strides[1], pos, q_strides[2], used_mask, TILE.D, BLOCK_D)
+        dout_ptr += b * dout_strides[0] + h_own * dout_strides[1]
+        own_dout = load_rows(dout_ptr, pos, dout_strides[2], row_mask, TILE.DV, BLOCK_DV)  # [M, BLOCK_DV]
+        stats_ptrs = stats_ptr + (pid_own * L + pos) * 2
+        own_lse = tl.load(stats_ptrs, mask=row_mask, other=float("inf"))
+        own_delta = tl.load(stats_ptrs + 1, mask=row_mask, other=0.0)
+        own_los, own_widths = earlier_intervals(pos, row_mask, r, pid_own, coords_ptr, limits_ptr, L, S, MODE)
+        order_ptr = k_order_ptr + (pid_kv * MODE.R + order_round) * S
+        for start in range(first, last, BLOCK_N):
+            k_slots = start + tl.arange(0, BLOCK_N)
+            k_mask = k_slots < last
+            k_pos = slot_positions(k_slots, k_mask, r, order_ptr, L, MODE)
+            if CHECK_PADDING:
+                k_mask &= tl.load(padding_ptr + b * S + k_pos, mask=k_mask, other=1) == 0
+                # a slot that no interval holds
+                k_slots = tl.where(k_mask, k_slots, -FAR)
+            k = load_rows(k_ptr, k_pos, k_strides[2], k_mask, TILE.D, BLOCK_D)  # [N, BLOCK_D]
+            v = load_rows(v_ptr, k_pos, v_strides[2], k_mask, TILE.DV, BLOCK_DV)  # [N, BLOCK_DV]
+            valid_mask = is_within(k_slots[None, :], lo[:, None], (hi - lo)[:, None])  # [M, N]
+            valid_mask = position_mask(valid_mask, k_pos[None, :], pos[:, None], MODE)
+            if MODE.DEDUPE:
+                coords = earlier_coords(k_pos, k_mask, r, pid_kv, coords_ptr, S, MODE)
+                valid_mask &= is_first_round(own_los, own_widths, coords, S, MODE)
+            logits = tl.dot(own_q, tl.trans(k), input_precision="ieee")
+            if MODE.SHARED:
+                inverse_norm = tl.load(inverse_norm_ptr + pid_own * L + k_pos, mask=k_mask, other=0.0)
+                logits *= (inverse_norm * logit_scale)[None, :]
+            else:
+                logits *= logit_scale
+            probs = recompute_probs(logits, valid_mask, own_lse[:, None])  # [M, N]
+            dprobs = tl.dot(own_dout, tl.trans(v), input_precision="ieee")
+            if MODE.DROPOUT:
+                keep_mask = dropout_keep(seed_ptr, k_pos[None, :], pos[:, None], h_own, b, keep_from)
+                dprobs = tl.where(keep_mask, dprobs * keep_scale, 0.0)
+            dlogits = probs * (dprobs - own_delta[:, None])
+            if MODE.SHARED:
+                dlogits *= inverse_norm[None, :]
+            dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
+        dq_ptrs = gradients_ptr + pos.to(tl.int64)[:, None] * N_COLUMNS + offs_d[None, :]
+        store_gradients(dq_ptrs, dq * scale, row_mask[:, None] & col_mask[None, :], first_round, IN_PLACE)
+
+
+def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, lse, state, options, in_place=None):
+    """Gradients of `attention_fwd`, from its inputs and outputs and the sorted state that it leaves.
+
+    Each round gives each row its share. Either all rounds run in one launch, and a last kernel adds up the shares, held in
+    the dtype of the inputs (*partials*), or they run one after the other and add theirs *in place* to float32 sums. Per
+    position and head, with w = D + Dv columns and e bytes per element (beside inputs, outputs and tables, equal in both):
+
+    | | memory | DRAM traffic | launches | w = 128, R = 4: 16 bits | fp32 |
+    |---|---|---|---|---|---|
+    | partials | R e w | 2 R e w: written, read | 1 | 1,024 B held, 2,048 B moved | 2,048 B, 4,096 B |
+    | in place | 4 w | 8 R w: written R times, read R - 1 times and at the end | R | 512 B held, 4,096 B moved | 512 B, 4,096 B |
+
+    Partials move fewer bytes in 16 bits and need fewer launches; in place needs R e / 4 times less memory. So partials are
+    the choice up to 4 times the memory (8 rounds in 16 bits, 4 in fp32) and in place is beyond. Separate keys count alike,
+    D columns for queries and D + Dv for keys.
+
+    Args:
+        dout: [B, H, L, Dv], gradient of out, in query's dtype, any strides with a contiguous last dimension.
+        dlse: [B, H, L] float32, gradient of lse, or None. It is ignored where lse is -inf.
+        query, key, value, key_padding_mask, seed, options: as in `attention_fwd`.
+        out, lse: what that returned. state: with its marks of queries that attend only themselves.
+        in_place: whether rounds are accumulated in place; None: as above.
+
+    Returns:
+        dquery, dkey (None if shared), dvalue: contiguous, in the shapes and the dtype of the inputs.
+    """
+    check_inputs(query, key, value, key_padding_mask, seed, state, options, None)
+    _check_gradients(dout, dlse, query, value, out, lse)
+    o, shared = options, key is None
+    B, H, L, D = query.shape
+    Hkv, S, Dv = value.shape[1:]
+    mode = mode_of(o, shared, state.q_order.shape[2], key_padding_mask is not None)
+    if in_place is None:
+        in_place = mode.ROUNDS * query.element_size() > 16
+    n_buckets, device = math.prod(o.factors), query.device
+    padding = None if key_padding_mask is None else key_padding_mask.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    coords, limits = interval_tables(state, mode, n_buckets, L, S)
+    stats, inverse_norm = _prepare(out.contiguous(), dout, lse.contiguous(), dlse, query, padding, o.norm_eps, shared)
+
+    n_parts = 1 if in_place else mode.ROUNDS
+    partials = torch.float32 if in_place else query.dtype
+    new = {"dtype": partials, "device": device}
+    if shared:
+        parts = {"both": (H, L, torch.empty((B, H, n_parts, L, D + Dv), **new))}
+    else:
+        parts = {
+            "keys": (Hkv, S, torch.empty((B, Hkv, n_parts, S, D + Dv), **new)),
+            "queries": (H, L, torch.empty((B, H, n_parts, L, D), **new)),
+        }
+    keys = query if shared else key
+    k_order = state.q_order if state.k_order is None else state.k_order
+    tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode.DEDUPE)
+    keep = dropout_args(o.dropout_p)
+    for first_round in range(mode.ROUNDS) if in_place else (0,):
+        for part, (n_heads, length, gradients) in parts.items():
+            _attention_bwd_kernel[(B * n_heads * n_parts * ceil_div(length, tile.M),)](
+                query, keys, value, dout, stats, inverse_norm, padding, seed,
+                state.q_order, state.q_stretched, k_order, coords, limits, gradients,
+                query.stride(), keys.stride(), value.stride(), dout.stride(), H, Hkv, L, S, n_buckets, first_round, n_parts,
+                o.scale, o.scale * _LOG2_E, *keep,
+                MODE=mode, TILE=tile, PART=part, IN_PLACE=in_place, num_warps=num_warps, num_stages=num_stages,
+            )  # fmt: skip
+    gradients = [part[2] for part in parts.values()]
+    inputs = dout, dlse, query, key, value, padding, seed, inverse_norm
+    stretched = state.q_stretched if o.hashed and L == S else None
+    return combine_rounds_bwd(gradients[-1], gradients[0], RoundGradients(*inputs, stretched, o.scale, o.dropout_p))
+
+
+def _prepare(out, dout, lse, dlse, query, padding, norm_eps, shared):
+    """(stats [B, H, L, 2], inverse_norm [B, H, L] or None), float32; see the kernel."""
+    B, H, L, Dv = out.shape
+    D = query.shape[3]
+    stats = torch.empty((B, H, L, 2), dtype=torch.float32, device=out.device)
+    inverse_norm = torch.empty((B, H, L), dtype=torch.float32, device=out.device) if shared else None
+    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
+    block_m = 4096 // max(block_d, block_dv)
+    _attention_bwd_prepare_kernel[(B * H * ceil_div(L, block_m),)](
+        out, dout, lse, dlse, query if shared else None, padding, stats, inverse_norm, dout.stride(), query.stride(), H, L,
+        float(D * norm_eps), D=D, BLOCK_D=block_d, DV=Dv, BLOCK_DV=block_dv, BLOCK_M=block_m,
+    )  # fmt: skip
+    return stats, inverse_norm
+
+
+def _launch_config(D, Dv, dtype, dedupe):
+    """(tile, num_warps, num_stages): two accumulators and the operands of four products live at once, so that tiles are
+    smaller than forward's."""
+    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
+    widest = max(block_d, block_dv)
+    small = dtype == torch.float32 or widest > 64 or dedupe
+    return Tile(D, Dv, block_d, block_dv, 32 if small else 64, 16 if widest > 128 or (widest > 64 and dedupe) else 32), 4, 2
+
+
+def _check_gradients(dout, dlse, query, value, out, lse):
+    shape = (*query.shape[:3], value.shape[3])
+    for name, x in (("dout", dout), ("out", out)):
+        if x.shape != shape or x.dtype != query.dtype:
+            raise ValueError(f"{name}: got {list(x.shape)} {x.dtype}, wanted {list(shape)} {query.dtype}")
+    if dout.stride(3) != 1 and dout.shape[3] > 1:
+        raise ValueError(f"dout: got strides {dout.stride()}, wanted a contiguous last dimension")
+    for name, x in (("dlse", dlse), ("lse", lse)):
+        if x is not None and (x.shape != shape[:3] or x.dtype != torch.float32):
+            raise ValueError(f"{name}: got {list(x.shape)} {x.dtype}, wanted {list(shape[:3])} torch.float32")
