@@ -7,6 +7,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lsh_kernels import LSHConfig, LSHSelfAttention, ReversibleBlock, ReversibleSequence, lsh_attention
 
@@ -471,6 +473,145 @@ def test_reversible_under_torch_compile(backend):
     for name, (_, got, expected) in cases.items():
         for a, b in zip(got, expected, strict=True):
             assert (a - b).abs().max() <= 1e-10 * max(1.0, b.abs().max()), name
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make: held now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.now, self.most = set(), 0, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        return result
+
+    def forget(self, key, n_bytes):
+        self.seen.discard(key)
+        self.now -= n_bytes
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_reversible_memory_does_not_grow_with_depth(exact):
+    """After forward 5 kB of random state per layer with dropout are all that a layer adds."""
+
+    def bytes_at(depth, run):
+        sequence = ReversibleSequence([ReversibleBlock(feed_forward(0.1), feed_forward(0.1)) for _ in range(depth)], exact)
+        x = random_x(batch=128, dtype=torch.float32)
+        for p in sequence.parameters():
+            p.grad = torch.zeros_like(p)
+        with Held() as held:
+            y = run(sequence, x)
+            after_forward = held.now
+            y.sum().backward()
+        return after_forward, held.most
+
+    shallow, deep = bytes_at(2, reversible), bytes_at(12, reversible)
+    assert deep[0] - shallow[0] <= 20 * 5100
+    assert deep[1] <= 1.05 * shallow[1]
+    assert bytes_at(12, ordinary)[1] > 5 * deep[1]
+
+
+def inputs_of_layers(sequence):
+    """What each layer has been given, by layer, call after call."""
+    seen = {layer: [] for block in sequence.blocks for layer in (block.f, block.g)}
+    for layer, calls in seen.items():
+        layer.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args[0].detach().clone()))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("depth", [2, 12, 48])
+def test_reversible_exact_recomputes_inputs_to_the_bit(depth, dtype):
+    sequence, x = ReversibleSequence(blocks(depth, 0.1), exact=True).to(dtype), random_x(dtype=dtype)
+    seen = inputs_of_layers(sequence)
+    loss_of(sequence(x)).backward()
+    assert all(len(calls) == 2 and torch.equal(*calls) for calls in seen.values())
+    grads = [x.grad, *(p.grad for p in sequence.parameters())]
+    # the attention of one long chain in float16 may overflow in backward; anything else has to be finite
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_reversible_floats_drift_where_the_grid_does_not():
+    sequence, x = ReversibleSequence(blocks(12)), random_x(dtype=torch.float32)
+    seen = inputs_of_layers(sequence)
+    loss_of(sequence(x)).backward()
+    assert not all(torch.equal(*calls) for calls in seen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reversible_exact_under_autocast(dtype):
+    sequence, x = ReversibleSequence(blocks(3, 0.1), exact=True), random_x(dtype=torch.float32)
+    seen = inputs_of_layers(sequence)
+    with torch.autocast("cpu", dtype=dtype):
+        y = sequence(x)
+    loss_of(y).backward()
+    assert y.dtype == torch.float32 and all(torch.equal(*calls) for calls in seen.values())
+    assert all(p.grad.isfinite().all() for p in sequence.parameters())
+
+
+def test_reversible_exact_inverse_gives_the_nearest_grid_point():
+    sequence, x = ReversibleSequence(blocks(12), exact=True).eval(), 3 * random_x(dtype=torch.float32)
+    nearest = (x.double() * 2**16).round().div(2**16).float()
+    assert not torch.equal(nearest, x)
+    assert torch.equal(sequence.inverse(sequence(x)), nearest)
+    y = sequence(nearest)
+    assert torch.equal(y, sequence(x)) and torch.equal(sequence(sequence.inverse(y)), y)
+
+
+def test_reversible_exact_gradients_are_those_of_ordinary_code_on_the_grid():
+    """In float64 the grid is finer than 1e-13; gradients pass the rounding as they are."""
+    sequence, x = ReversibleSequence(blocks(4, 0.2), exact=True).double(), random_x()
+    _, want = gradients(ordinary, copy.deepcopy(sequence), x)
+    _, got = gradients(reversible, sequence, x)
+    assert all((a - b).abs().max() <= 1e-9 * max(1.0, b.abs().max()) for a, b in zip(got, want, strict=True))
+
+
+def test_reversible_exact_second_backward_and_tied_and_frozen_layers():
+    shared, other = blocks(2, 0.2)
+    shared.g.requires_grad_(False)
+    sequence, x = ReversibleSequence([shared, other, shared], exact=True), random_x(dtype=torch.float32)
+    y, parameters = sequence(x), [p for p in sequence.parameters() if p.requires_grad]
+    first, second = (torch.autograd.grad(loss_of(y), (x, *parameters), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    (alone,) = torch.autograd.grad(loss_of(y), x)
+    assert torch.equal(alone, first[0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 4e4, -4e4])
+def test_reversible_exact_poisons_what_leaves_the_range(value):
+    sequence, x = ReversibleSequence([ReversibleBlock(nn.Identity(), Scaled())], exact=True), random_x(dtype=torch.float32)
+    with torch.no_grad():
+        x[0, 3, 5] = value
+    y = sequence(x, None, {"scale": torch.ones(E)})
+    assert y[0, 3, 5].isnan() and y[1].isfinite().all()
+    y.sum().backward()
+    assert sequence.blocks[0].g.linear.weight.grad.isnan().all()
+
+
+def test_reversible_exact_poisons_gradients_if_a_layer_does_not_repeat_itself():
+    class Wavering(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            # a few grid steps in one element
+            return super().forward(x) + (torch.arange(E) == 3) * 5e-5 * (self.calls == 2)
+
+    for place in range(3):
+        layers = [ReversibleBlock(nn.Linear(E, E), nn.Linear(E, E)) for _ in range(3)]
+        layers[place].f = Wavering(E, E)
+        x = random_x(dtype=torch.float32)
+        ReversibleSequence(layers, exact=True)(x).sum().backward()
+        assert x.grad.isnan().any()
+        assert layers[place].f.weight.grad.isnan().any() and layers[place].g.weight.grad.isfinite().all()
 
 
 def test_reversible_frees_everything_without_the_garbage_collector():

@@ -150,7 +150,7 @@ def train(send, name, options):
 
     model = build_model(name, options)
     update(model, torch.optim.AdamW(model.parameters()), train[:65])  # loads what torch loads on first use
-    resting = _start_of_peak()
+    resting = start_of_peak()
     model = build_model(name, options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, options.steps))
@@ -167,7 +167,7 @@ def train(send, name, options):
                 loss = statistics.fmean(next_byte_loss(model, text).item() for text in heldout)
             model.train()
             send(("heldout", step, loss / math.log(2)))
-    send(("peak", _peak() - resting))
+    send(("peak", peak() - resting))
     settings = {option: value for option, value in vars(options).items() if option != "out"}
     torch.save({"model": name, "options": settings, "state_dict": model.state_dict()}, options.out / weights_name(name))
 
@@ -192,10 +192,10 @@ def _time_layer(send, name, lengths, seed):
         return time.perf_counter() - began
 
     run(min(lengths[0], 256))  # threads, libraries
-    resting = _start_of_peak()
+    resting = start_of_peak()
     for length in lengths:
         seconds = statistics.median(run(length) for _ in range(3))
-        send((length, seconds, _peak() - resting))
+        send((length, seconds, peak() - resting))
 
 
 class ByteModel(nn.Module):
@@ -345,16 +345,16 @@ def _commit():
     return described.stdout.strip()
 
 
-def _start_of_peak():
+def start_of_peak():
     """Forget the peak so far where the system can (Linux), and return it: bytes that are not the model's."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
-    return _peak()
+    return peak()
 
 
-def _peak():
+def peak():
     """Most resident memory that this process had, in bytes (Linux, macOS)."""
     status = Path("/proc/self/status")
     if status.exists():

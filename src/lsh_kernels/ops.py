@@ -34,6 +34,9 @@ _library.define(
 _library.define("lsh_hash(Tensor x, Tensor rotations, int[] factors, str backend) -> Tensor")
 _library.define("bucket_sort(Tensor buckets, int n_buckets, Tensor? key_padding_mask, str backend) -> Tensor")
 _library.define("combine_rounds(Tensor out, Tensor lse, str backend) -> (Tensor, Tensor)")
+_library.define(
+    "residual_add(Tensor stream, Tensor addend, ScalarType dtype, bool undo, str backend) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def _implement(name: str):
@@ -72,6 +75,11 @@ def attention(
     inputs = (query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets)
     out, lse, *_ = torch.ops.lsh_kernels.attention_forward(*inputs, *options, backend)
     return out, lse
+
+
+def residual_add(stream: Tensor, addend: Tensor, dtype: torch.dtype, undo: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of `fixed_point.residual_add` as one op: the new stream, its values in `dtype`, checksum int64 []."""
+    return torch.ops.lsh_kernels.residual_add(stream, addend, dtype, undo, backend)
 
 
 @_implement("attention_forward")
@@ -232,3 +240,20 @@ def _(out, lse, backend):
 
 
 _refuse_gradient("combine_rounds", "combine_rounds has no gradient; train with lsh_attention")
+
+
+@_implement("residual_add")
+def _residual_add(stream, addend, dtype, undo, backend):
+    if backend == "triton" and stream.numel():
+        from .csrc_triton.residual import residual_add
+    else:
+        from .fixed_point import residual_add
+    return residual_add(stream, addend, dtype, undo)
+
+
+@torch.library.register_fake("lsh_kernels::residual_add", lib=_library)
+def _(stream, addend, dtype, undo, backend):
+    return torch.empty_like(stream), stream.new_empty(stream.shape, dtype=dtype), stream.new_empty((), dtype=torch.int64)
+
+
+_refuse_gradient("residual_add", "residual_add has no gradient; train with ReversibleSequence(blocks, exact=True)")

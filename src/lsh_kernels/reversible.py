@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lsh_kernels import recompute
+from lsh_kernels import ops, recompute
+from lsh_kernels.fixed_point import integers_for, read
+from lsh_kernels.functional import choose_backend
 
 
 class ReversibleBlock(nn.Module):
@@ -96,8 +98,20 @@ class ReversibleSequence(nn.Module):
     second sees them as the first did. Forward hooks of f and g and of what is in them see both runs. A layer that draws
     from a generator of its own, other than through LSH attention, would draw anew.
 
+    In exact mode x is rounded to a fixed-point grid of steps of 2^-16, and so is what each layer adds (see
+    `lsh_kernels.fixed_point` for the format, its error and its range, 2^15). What backward recomputes is then equal to
+    the bit to what forward had, at any depth. Gradients pass the rounding as they are. That needs layers that return the
+    same when they are run again: the same kernels in a fixed order of sums (`torch.use_deterministic_algorithms` on a
+    GPU), launched alike; grad mode, autocast state, random draws, bucket ids, buffers and strides are set as in forward. A
+    checksum of what each layer returned is compared, and where it differs all gradients of that layer and of those
+    before it are NaN. A value that is not finite or out of range makes the output NaN, and these gradients too.
+    `inverse(sequence(x))` gives the grid point nearest x for float32 values below 256, provided that layers return the
+    same there too (eval mode, grad mode as in forward); the output of a 16-bit model is rounded further, so only
+    its backward is exact.
+
     Args:
         blocks: `ReversibleBlock`s; the same one may come several times.
+        exact: whether the streams live on the grid.
 
     Raises:
         TypeError: a block is no `ReversibleBlock`.
@@ -111,7 +125,7 @@ class ReversibleSequence(nn.Module):
     Source: as `ReversibleBlock`; Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2020.
     """
 
-    def __init__(self, blocks: Iterable[ReversibleBlock]):
+    def __init__(self, blocks: Iterable[ReversibleBlock], exact: bool = False):
         super().__init__()
         blocks = list(blocks)
         for i, block in enumerate(blocks):
@@ -119,6 +133,7 @@ class ReversibleSequence(nn.Module):
             if not isinstance(getattr(block, "_orig_mod", block), ReversibleBlock):
                 raise TypeError(f"blocks[{i}]: got {type(block).__name__}, wanted a ReversibleBlock")
         self.blocks = nn.ModuleList(blocks)
+        self.exact = exact
 
     @torch.compiler.disable
     def forward(self, x: Tensor, f_kwargs: dict | None = None, g_kwargs: dict | None = None) -> Tensor:
@@ -135,18 +150,26 @@ class ReversibleSequence(nn.Module):
             RuntimeError: in backward, if a layer did not do what it had done in forward (it saved other tensors, or a
                 parameter or argument of it has been changed since), or for a gradient of a gradient.
         """
-        recorder = _Recorder()
+        recorder = _Recorder(self.exact)
         halves = _halves(x)
         for block in self.blocks:
             halves = block(halves, f_kwargs, g_kwargs, recorder=recorder)
         return torch.cat(halves, -1)
 
     def inverse(self, y: Tensor, f_kwargs: dict | None = None, g_kwargs: dict | None = None) -> Tensor:
-        """The x that `forward` maps to y, see `ReversibleBlock.inverse`."""
+        """The x that `forward` maps to y, see `ReversibleBlock.inverse`. In exact mode there is no gradient."""
         halves = _halves(y)
+        if not self.exact:
+            for block in reversed(self.blocks):
+                halves = block.inverse(halves, f_kwargs, g_kwargs)
+            return torch.cat(halves, -1)
+        grid = []
+        y1, y2 = (_OntoGrid.apply(half.detach(), grid) for half in halves)
+        n1, n2 = grid
         for block in reversed(self.blocks):
-            halves = block.inverse(halves, f_kwargs, g_kwargs)
-        return torch.cat(halves, -1)
+            n2, y2, _ = _residual_add(n2, block.g(y1, **(g_kwargs or {})).detach(), y2.dtype, True)
+            n1, y1, _ = _residual_add(n1, block.f(y2, **(f_kwargs or {})).detach(), y1.dtype, True)
+        return torch.cat((y1, y2), -1)
 
 
 def _halves(x):
@@ -159,38 +182,89 @@ def _halves(x):
 @torch.compiler.disable
 def _run_block(block, halves, f_kwargs, g_kwargs, recorder):
     x1, x2 = halves
-    y1 = recorder.add("f", block.f, x1, x2, f_kwargs)
-    y2 = recorder.add("g", block.g, x2, y1, g_kwargs)
-    return y1, y2
+    x2, y1 = recorder.add("f", block.f, x1, x2, f_kwargs)
+    return recorder.add("g", block.g, x2, y1, g_kwargs)
 
 
 class _Recorder:
     """Runs a sequence forward, step by step, and writes what backward needs on a tape."""
 
-    def __init__(self):
+    def __init__(self, exact: bool = False):
+        self.exact = exact
         self.tape = None
         self.streams = None  # that the last step left, the next one to be moved first
+        self.grid = None  # the same as integers, in exact mode
 
-    def add(self, name: str, module: nn.Module, moved: Tensor, still: Tensor, kwargs: dict) -> Tensor:
-        """moved + module(still)."""
-        # operators choose their way by strides as well, so all streams have the same
-        still = still.contiguous()
-        if not torch.is_grad_enabled():
-            out = module(still, **kwargs)
-            _check_output(name, out, moved)
-            return moved + out.to(moved.dtype)
+    def add(self, name: str, module: nn.Module, moved: Tensor, still: Tensor, kwargs: dict) -> tuple[Tensor, Tensor]:
+        """(still, moved + module(still)), both as the recorder has them: contiguous and in exact mode on the grid."""
         # hooks between the blocks may have put other streams in the place of ours: these then start a tape of their own
-        if self.tape is None or not all(map(_is_same, self.streams, (moved, still))):
-            self.tape = _Tape()
+        if self.streams is None or not all(map(_is_same, self.streams, (moved, still))):
+            # operators choose their way by strides as well, so all streams have the same
+            still = still.contiguous()
+            if self.exact:
+                self.grid = []
+                moved, still = (_OntoGrid.apply(x, self.grid) for x in (moved, still))
+            self.tape = (_ExactTape(moved.dtype, still.dtype) if self.exact else _Tape()) if torch.is_grad_enabled() else None
         version = _version(still)
-        out = self.tape.run(module, still, kwargs)
+        out = module(still, **kwargs) if self.tape is None else self.tape.run(module, still, kwargs)
         _check_output(name, out, moved)
         if _version(still) != version:
             raise ValueError(f"{name}: {type(module).__name__} changed its input in place, which backward needs")
-        result = (moved + out.to(moved.dtype)).contiguous()
+        if self.exact:
+            grid, hooks = [], nullcontext() if self.tape is None else self.tape.fault_hooks()
+            with hooks:
+                result = _AddOnGrid.apply(moved, out, self.grid[0], grid)
+            self.grid = self.grid[1], grid[0]
+        else:
+            result = (moved + out.to(moved.dtype)).contiguous()
         self.streams = still, result
-        self.tape.end_with(still.detach(), result.detach())
-        return result
+        if self.tape is not None and self.exact:
+            self.tape.checksums.append(grid[1])
+            self.tape.set(*self.grid, len(self.tape.steps))
+        elif self.tape is not None:
+            self.tape.set(still.detach(), result.detach(), len(self.tape.steps))
+        return self.streams
+
+
+class _OntoGrid(torch.autograd.Function):
+    """The grid points nearest x; gradients pass as they are. The integers are added to `grid`."""
+
+    @staticmethod
+    def forward(ctx, x, grid):
+        stream, values, _ = _residual_add(torch.zeros(x.shape, dtype=integers_for(x.dtype), device=x.device), x, x.dtype, False)
+        grid.append(stream)
+        return values
+
+    @staticmethod
+    def backward(ctx, dvalues):
+        return dvalues, None
+
+
+class _AddOnGrid(torch.autograd.Function):
+    """moved + out on the grid, where moved stands for `stream`. The new integers and the checksum are added to `grid`.
+
+    What backward finds saved comes from the tape: 0, or NaN if the layer did not return the same when it was run again.
+    """
+
+    @staticmethod
+    def forward(ctx, moved, out, stream, grid):
+        result, values, checksum = _residual_add(stream, out, moved.dtype, False)
+        grid += result, checksum
+        ctx.save_for_backward(checksum)
+        ctx.out_dtype = out.dtype
+        return values
+
+    @staticmethod
+    def backward(ctx, dvalues):
+        dout = None
+        if ctx.needs_input_grad[1]:
+            (fault,) = ctx.saved_tensors
+            dout = (dvalues + fault.to(dvalues.dtype)).to(ctx.out_dtype)
+        return dvalues, dout, None, None
+
+
+def _residual_add(stream, addend, dtype, undo):
+    return ops.residual_add(stream, addend, dtype, undo, choose_backend("auto", addend))
 
 
 def _check_output(name, out, moved):
@@ -235,24 +309,26 @@ class _Tape:
         self.steps.append(step)
         return out
 
-    def end_with(self, a, b):
-        """Sets the streams behind the last step."""
-        self.streams, self.versions, self.place = (a, b), (_version(a), _version(b)), len(self.steps)
+    def set(self, a, b, place):
+        """Sets the streams that `place` steps lead to."""
+        self.streams, self.versions, self.place = (a, b), (_version(a), _version(b)), place
 
     @torch.compiler.disable
     def saved_tensor(self, number, i):
-        if torch.is_grad_enabled():
-            raise RuntimeError("a reversible sequence can't be differentiated twice (create_graph=True)")
-        if number == len(self.steps):
-            raise RuntimeError("a layer ran backward in its own forward, which a reversible block can't repeat")
-        if self.repeated != number:
-            self._repeat(number)
+        self.look_up(number)
         tensor, version = self.saved[i]
         if _version(tensor) != version:
             raise RuntimeError("a tensor that backward needs has been changed in place since the layer saved it")
         return tensor
 
-    def _repeat(self, number):
+    def look_up(self, number):
+        """Makes the tensors that step `number` saves the ones in `saved`, running it again if they are not."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("a reversible sequence can't be differentiated twice (create_graph=True)")
+        if number == len(self.steps):
+            raise RuntimeError("a layer ran backward in its own forward, which a reversible block can't repeat")
+        if self.repeated == number:
+            return
         # makes room for the tensors of this step
         self.repeated, self.saved = None, []
         while self.place <= number:
@@ -273,16 +349,62 @@ class _Tape:
         if self.versions != tuple(_version(stream) for stream in self.streams):
             raise RuntimeError("an output of a reversible block has been changed in place: backward needs it")
         b, result = self.streams
-        out = self.steps[self.place - 1].run_again(b, saved)
-        self._set((result - out.to(result.dtype)).contiguous(), b, self.place - 1)
+        out = self.steps[self.place - 1].run_again(self.value_of(b, self.place), saved)
+        self.set(self.minus(result, out), b, self.place - 1)
 
     def _move_on(self):
         a, b = self.streams
-        out = self.steps[self.place].run_again(b, None)
-        self._set(b, (a + out.to(a.dtype)).contiguous(), self.place + 1)
+        out = self.steps[self.place].run_again(self.value_of(b, self.place + 1), None)
+        self.set(b, self.plus(a, out), self.place + 1)
 
-    def _set(self, a, b, place):
-        self.streams, self.versions, self.place = (a, b), (_version(a), _version(b)), place
+    def value_of(self, stream, number):
+        """What step `number`, from 1, reads of a stream."""
+        return stream
+
+    def plus(self, stream, out):
+        return (stream + out.to(stream.dtype)).contiguous()
+
+    def minus(self, stream, out):
+        return (stream - out.to(stream.dtype)).contiguous()
+
+
+class _ExactTape(_Tape):
+    """A tape with streams on the grid, which are taken back to the bit if every layer returns what it had returned."""
+
+    def __init__(self, *dtypes):
+        super().__init__()
+        self.dtypes = dtypes  # of the stream that even steps move, of the other
+        self.checksums = []
+        self.fault = None  # 0, or NaN once a layer has returned something else
+        self.values = None, None  # the stream that was restored last, and what it stands for
+
+    def fault_hooks(self):
+        """Hooks for the sum of the step that ran last."""
+        number = len(self.steps) - 1
+        return torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: self.fault_at(number))
+
+    @torch.compiler.disable
+    def fault_at(self, number):
+        self.look_up(number)
+        return self.fault
+
+    def value_of(self, stream, number):
+        if self.values[0] is stream:
+            return self.values[1]
+        return read(stream, self.dtypes[number % 2])
+
+    def plus(self, stream, out):
+        return self._sum(stream, out, self.place, False)
+
+    def minus(self, stream, out):
+        return self._sum(stream, out, self.place - 1, True)
+
+    def _sum(self, stream, out, number, undo):
+        result, values, checksum = _residual_add(stream, out, self.dtypes[number % 2], undo)
+        fault = torch.where(checksum == self.checksums[number], 0.0, torch.nan)
+        self.fault = fault if self.fault is None else self.fault + fault
+        self.values = result, values
+        return result
 
 
 @dataclass
