@@ -80,8 +80,8 @@ def cases() -> dict[str, Case]:
 
 
 def launch(case: Case) -> None:
-    """Launch the kernels of a case, on meta tensors."""
-    from .csrc_triton.pipeline import attention_forward
+    """Launch the kernels of a case, forward and backward, on meta tensors."""
+    from .csrc_triton.pipeline import attention_backward, attention_forward
 
     options, shape = case.options(), (case.batch, case.n_heads, case.length, case.head_dim)
     query, key, value = (torch.empty(shape, dtype=DTYPES[case.dtype], device="meta") for _ in range(3))
@@ -94,7 +94,9 @@ def launch(case: Case) -> None:
     padding = torch.empty(case.batch, case.length, dtype=torch.bool, device="meta") if case.masked else None
     seed = torch.empty(1, dtype=torch.int64, device="meta") if case.dropout_p else None
     key = key if case.separate else None
-    attention_forward(query, key, value, padding, seed, rotations, buckets, buckets if case.separate else None, options)
+    k_buckets = buckets if case.separate else None
+    out, lse, state = attention_forward(query, key, value, padding, seed, rotations, buckets, k_buckets, options)
+    attention_backward(torch.empty_like(out), None, query, key, value, padding, seed, out, lse, state, options)
 
 
 class Work(NamedTuple):
@@ -117,12 +119,18 @@ def attention_work(arguments) -> Work:
     else:
         seen = arguments["S"] / arguments["n_buckets"]
         walked = tile.M + seen
-    return Work(tile.M * seen, "pair", (math.ceil(walked / tile.N),))
+    trips = math.ceil(walked / tile.N)
+    # a key walks the queries of one head of its group after the other
+    heads = arguments["H"] // arguments["HKV"] if arguments.get("PART") == "keys" else 0
+    return Work(tile.M * seen * max(heads, 1), "pair", (heads, trips) if heads else (trips,))
 
 
 # a kernel that is not here counts as one unit and one trip
 WORK = {
     "_attention_fwd_kernel": attention_work,
+    "_attention_bwd_kernel": attention_work,
+    "_attention_bwd_prepare_kernel": lambda a: Work(a["BLOCK_M"], "row"),
+    "_combine_rounds_bwd_kernel": lambda a: Work(a["BLOCK_M"], "row"),
     "_hashing_fwd_kernel": lambda a: Work(
         a["BLOCK_M"] * a["R"], "row and round", (a["R"], math.ceil(max(a["FACTORS"]) / 2 / a["MAX_BLOCK_W"]))
     ),

@@ -36,6 +36,7 @@ def _combine_rounds(config):
 # module of csrc_triton: what its `_launch_config` may return, given what it does return
 SPACES = {
     "attention_fwd": _attention,
+    "attention_bwd": _attention,
     "hashing": _hashing,
     "bucket_sort": lambda num_warps: (1, 2, 4, 8),
     "combine_rounds": _combine_rounds,

@@ -60,6 +60,7 @@ exact attention: 4 B H D L^2 / 2 FLOPs forward, 2.5 times as many backward, no l
 # handed over for queries without any target, and hardly ever read
 _UNREAD = {
     "_combine_rounds_fwd_kernel": ("q_ptr", "k_ptr", "v_ptr", "inverse_norm_ptr", "stretched_ptr"),
+    "_combine_rounds_bwd_kernel": ("q_ptr", "k_ptr", "dout_ptr", "dlse_ptr", "inverse_norm_ptr"),
 }
 
 
