@@ -24,7 +24,7 @@ CONFIG = ReformerConfig(
 EVERYTHING = ReformerConfig(
     vocab_size=V, max_length=60, embed_dim=E, num_heads=3, head_dim=4, n_layers=5, pattern=("lsh", "local", "lsh"), window=7,
     lsh=LSHConfig.paper(n_buckets=(4, 6), local_window=3), ff_dim=20, ff_chunk=9, activation="gelu", glu=True, dropout=0.1,
-    attention_dropout=0.2, ff_dropout=0.3, axial_shape=(6, 11), axial_dims=(10, 6), causal=False, tied=False, loss_chunk=3,
+    attention_dropout=0.2, ff_dropout=0.3, axial_shape=(6, 11), axial_dims=(10, 6), causal=False, tied=True, loss_chunk=3,
     reversible=False,
 )  # fmt: skip
 
@@ -92,6 +92,7 @@ def test_models_config_is_frozen():
         ({"ff_chunk": 0}, ValueError, "chunk: got 0"),
         ({"dropout": 1.5}, ValueError, "dropout: got 1.5"),
         ({"attention_dropout": -1}, ValueError, "attention_dropout: got -1"),
+        ({"exact": True, "reversible": False}, ValueError, "exact: got True with reversible=False"),
         ({"causal": 1}, TypeError, "causal: got 1, wanted a bool"),
     ],
 )
@@ -110,7 +111,7 @@ def test_models_has_the_layers_of_its_pattern():
     assert attentions[0].config == EVERYTHING.lsh and attentions[1].window == 7
     feed_forward = model.layers.blocks[0].g.feed_forward
     assert (feed_forward.ff_dim, feed_forward.chunk, feed_forward.glu, feed_forward.dropout) == (20, 9, True, 0.3)
-    assert model.head.weight.shape == (V, E)
+    assert model.head is None and build().head.weight.shape == (V, E)
     with pytest.raises(TypeError, match="config: got dict, wanted a ReformerConfig"):
         ReformerLM({})
 
@@ -147,7 +148,7 @@ def test_models_logits_are_those_of_two_streams(tied, reversible):
     "fields",
     [
         {"dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3},
-        {"positions": "rotary", "tied": False, "activation": "swiglu", "ff_dropout": 0.2},
+        {"positions": "rotary", "tied": True, "activation": "swiglu", "ff_dropout": 0.2},
         {"causal": False, "pattern": ("lsh",), "attention_dropout": 0.1},
         {"lsh": LSHConfig.trax(n_hashes=2, chunk_length=8), "pattern": ("lsh", "lsh", "local"), "dropout": 0.2},
     ],
@@ -159,6 +160,20 @@ def test_models_gradients_are_those_without_reversibility(fields):
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
         assert theirs.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("pattern", [("local",), ("local", "lsh")])
+def test_models_exact_mode(pattern):
+    fields = {"pattern": pattern, "dtype": torch.float32, "dropout": 0.1, "attention_dropout": 0.2, "ff_dropout": 0.3}
+    text, model = texts(), build(exact=True, n_layers=6, **fields)
+    assert model.layers.exact and not build().layers.exact
+    # NaN if what is recomputed differed by a bit
+    got = loss_and_grads(model, text[:, :-1], text[:, 1:])
+    assert all(x.isfinite().all() for x in got)
+    if "lsh" not in pattern:  # where the rounding of the streams moves no row to another bucket
+        expected = loss_and_grads(build(n_layers=6, **fields), text[:, :-1], text[:, 1:])
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -275,9 +290,10 @@ def test_models_under_autocast():
     assert min(cosines) > 0.5 and sum(cosines) / len(cosines) > 0.9
 
 
-def test_models_learn():
+@pytest.mark.parametrize("tied", [True, False])
+def test_models_learn(tied):
     torch.manual_seed(0)
-    model = ReformerLM(CONFIG)
+    model = ReformerLM(replace(CONFIG, tied=tied))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     text = (torch.arange(L) * 7 % V).expand(2, L)
     losses = []
@@ -287,7 +303,7 @@ def test_models_learn():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[0] == pytest.approx(math.log(V), abs=0.2) and losses[-1] < 0.5 * losses[0]
+    assert losses[0] == pytest.approx(math.log(V), abs=0.3) and losses[-1] < 0.5 * losses[0]
 
 
 def training_peak(**fields):
@@ -332,7 +348,7 @@ def test_models_generate_takes_the_most_likely_token():
     # teacher forcing gives the same answers: prefixes of any length agree
     assert torch.equal(model.eval()(text[:, :-1]).argmax(2)[:, 4:], text[:, 5:])
     assert torch.equal(model.generate(prompt, 12, top_k=1), text)
-    assert torch.equal(model.generate(prompt, 12, temperature=1e-30), text)
+    assert torch.equal(model.generate(prompt, 12, temperature=1e-40), text)
     assert torch.equal(model.generate(prompt, 0), prompt)
 
 
@@ -426,7 +442,7 @@ sys.path.insert(0, sys.argv[1])
 from test_models import build, texts
 rank = int(sys.argv[2])
 distributed.init_process_group("gloo", init_method="file://" + sys.argv[3] + "/store", rank=rank, world_size=2)
-model = build(tied=False).eval()
+model = build().eval()
 rows = texts(4)[2 * rank : 2 * rank + 2]
 parallel = DistributedDataParallel(model)
 parallel(rows[:, :-1], rows[:, 1:]).backward()
@@ -445,7 +461,7 @@ def test_models_under_distributed_data_parallel(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    model, text = build(tied=False).eval(), texts(4)
+    model, text = build().eval(), texts(4)
     expected = loss_and_grads(model, text[:, :-1], text[:, 1:])[1:]
     for rank in range(2):
         for ours, theirs in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):

@@ -269,6 +269,12 @@ def test_reversible_with_frozen_parameters(frozen):
         assert_same_gradients(sequence, random_x(requires_grad=False))
 
 
+def test_reversible_saves_the_same_of_an_input_without_gradient():
+    """A linear layer saves its weight only if its input wants a gradient."""
+    sequence = ReversibleSequence([ReversibleBlock(nn.Linear(E, E), nn.Linear(E, E)) for _ in range(2)]).double()
+    assert_same_gradients(sequence, random_x(requires_grad=False))
+
+
 @pytest.mark.parametrize("which", ["first", "last"])
 def test_reversible_gradient_of_a_few_parameters(which):
     """Steps that autograd does not come by are undone on the way."""

@@ -51,6 +51,8 @@ class ReformerConfig:
         loss_chunk: tokens whose logits exist at a time when a loss is computed.
         reversible: activations are recomputed in backward, in memory that does not grow with `n_layers`. False keeps them: the
             same function, faster.
+        exact: residual streams on a fixed-point grid, so that recomputed activations are equal to the bit; see
+            `ReversibleSequence`. Needs `reversible`.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of range, or a combination that has no meaning.
@@ -76,9 +78,10 @@ class ReformerConfig:
     axial_shape: tuple[int, int] | None = None
     axial_dims: tuple[int, int] | None = None
     causal: bool = True
-    tied: bool = True
+    tied: bool = False
     loss_chunk: int = 512
     reversible: bool = True
+    exact: bool = False
 
     def __post_init__(self):
         for name in ("vocab_size", "max_length", "embed_dim", "num_heads", "n_layers", "window", "loss_chunk"):
@@ -86,9 +89,11 @@ class ReformerConfig:
         for name in ("head_dim", "ff_dim"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name))
-        for name in ("causal", "tied", "reversible"):
+        for name in ("causal", "tied", "reversible", "exact"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted a bool")
+        if self.exact and not self.reversible:
+            raise ValueError("exact: got True with reversible=False, wanted False (nothing is recomputed)")
         if not isinstance(self.lsh, LSHConfig):
             raise TypeError(f"lsh: got {type(self.lsh).__name__}, wanted an LSHConfig")
         if isinstance(self.pattern, str):
@@ -179,12 +184,13 @@ class ReformerLM(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, E, **factory)
         self.positions = AxialPositions(*config.axial_factors(), **factory) if config.positions == "axial" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = ReversibleSequence(
-            ReversibleBlock(_attention(config, i, factory), _feed_forward(config, factory)) for i in range(config.n_layers)
-        )
+        blocks = [ReversibleBlock(_attention(config, i, factory), _feed_forward(config, factory)) for i in range(config.n_layers)]
+        self.layers = ReversibleSequence(blocks, exact=config.exact)
         self.norm = nn.LayerNorm(E, **factory)
         self.head = None if config.tied else nn.Linear(E, config.vocab_size, bias=False, **factory)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        # embeddings as large as what the layers add; where they are the head's weights too, a stream that starts as the
+        # embedding of a token would then predict that token
+        nn.init.normal_(self.embed.weight, std=0.02 if config.tied else 1.0)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
         """Logits, or with targets the loss, whose logits exist for `config.loss_chunk` tokens at a time.

@@ -454,7 +454,9 @@ class _Step:
         """What the layer returned; the tensors that it saves for backward, with their versions, are added to `saved`."""
         constants = list(self._constants())
         if len(constants) != len(self.constants) or any(
-            now is not tensor or _version(now) != version for now, (tensor, version) in zip(constants, self.constants)
+            # fully_shard has a sharded parameter, of another type, in the place of the whole one
+            type(now) is type(tensor) and (now is not tensor or _version(now) != version)
+            for now, (tensor, version) in zip(constants, self.constants)
         ):
             raise RuntimeError(f"a parameter or argument of {type(self.module).__name__} has been changed since forward")
 
