@@ -45,7 +45,7 @@ def draw(rows: list[dict], estimates: list[time_model.Estimate]):
     times.set(
         title=f"modelled, not measured: {time_model.H100.name}, causal, bf16, B 1, H 8, D 64, R 4", xscale="log", yscale="log"
     )
-    times.set(xlabel="length", ylabel="ms, forward")
+    times.set(xlabel="length", ylabel="ms (exact: forward)")
     times.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
     times.minorticks_off()
     for axes in (registers, pairs, times):
