@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.py combine_rounds.py attention_bwd.py backends.py costs.py)
+KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.py combine_rounds.py attention_bwd.py backends.py costs.py strict_memory.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint format test test-tritons test-gpu demo diagnose bench wheel clean

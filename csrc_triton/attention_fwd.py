@@ -305,7 +305,7 @@ def interval_tables(state, mode, n_buckets, L, S):
         bounds = None
         if mode.WITHIN_BUCKET:
             # queries may ask for a bucket without keys
-            bounds = torch.empty((*order.shape[:3], n_buckets + 1, 2), dtype=torch.int32, device=device).zero_()
+            bounds = torch.zeros((*order.shape[:3], n_buckets + 1, 2), dtype=torch.int32, device=device)
     block = 1024
     if mode.WITHIN_BUCKET or has_coords:
         # so far apart that the reach of a query leads from no bucket to another

@@ -52,6 +52,15 @@ def numpy_sort(monkeypatch):
     monkeypatch.setattr(tl, "sort", sort)
 
 
+@pytest.fixture(autouse=True)
+def strict_memory(monkeypatch):
+    """Every access of an interpreted kernel is checked."""
+    if not HAS_GPU:
+        from strict_memory import StrictMemory
+
+        StrictMemory.install(monkeypatch)
+
+
 @pytest.fixture
 def guard_zones(monkeypatch):
     """Puts guard elements around every `torch.empty` of the test; call the fixture's value to check them."""

@@ -77,9 +77,19 @@ def test_triton_takes_an_empty_batch_and_refuses_float64(device):
         lsh_attention(double, None, double, backend="triton")
 
 
-def test_stages_agree_with_the_oracle():
-    x, rotations = torch.randn(B, H, L, D), random_rotations(D, (4, 6), 3, n_heads=2)
-    buckets = lsh_hash(x, rotations, (4, 6))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_stages_agree_with_the_oracle(backend, device):
+    x, rotations = torch.randn(B, H, L, D, device=device), random_rotations(D, (4, 6), 3, n_heads=2, device=device)
+    buckets = lsh_hash(x, rotations, (4, 6), backend=backend)
     assert torch.equal(buckets, reference.lsh_hash(x, rotations, (4, 6)))
-    mask = torch.rand(B, L) < 0.3
-    assert torch.equal(bucket_sort(buckets, (4, 6), mask), reference.bucket_sort(buckets, 24, mask))
+    mask = torch.rand(B, L, device=device) < 0.3
+    order = bucket_sort(buckets, (4, 6), mask, backend=backend)
+    assert torch.equal(order, reference.bucket_sort(buckets, 24, mask))
+
+
+def test_stages_refuse_a_backend_that_is_not_there():
+    x, rotations = torch.randn(B, H, L, D), random_rotations(D, 4, 2)
+    with pytest.raises(ValueError, match="backend: got 'cuda', wanted one of 'auto', 'torch', 'triton'"):
+        lsh_hash(x, rotations, 4, backend="cuda")
+    with pytest.raises(ValueError, match="backend: got 'cuda'"):
+        bucket_sort(torch.zeros(B, H, 2, L, dtype=torch.int32), 4, backend="cuda")

@@ -87,6 +87,12 @@ def hash_sort(length=1024, head_dim=64, dtype=torch.bfloat16, factors=(32, 64), 
     sort_buckets(buckets.long(), 64, 65, padding)
 
 
+def residual(length=4096, dtype=torch.float32, undo=False):
+    from lsh_kernels.csrc_triton.residual import residual_add
+
+    residual_add(torch.zeros(length, dtype=torch.int32), torch.zeros(length, dtype=dtype), dtype, undo)
+
+
 TRAX = {"span": "chunk", "within_bucket": False, "dedupe": False, "wrap": True}
 
 # what to call, on CPU tensors, and how many bytes one program has to fetch by 128-bit loads
@@ -146,6 +152,8 @@ LAUNCHES = {
     "hash_sort-fp16-D128-many-columns": (lambda: hash_sort(4096, 128, torch.float16, (128, 256)), 128 * 256),
     "hash_sort-bf16-D96-masked": (lambda: hash_sort(100, 96, mask=True), 128 * 192),
     "hash_sort-fp32-D64-masked": (lambda: hash_sort(dtype=torch.float32, mask=True), 64 * 256),
+    "residual-fp32": (lambda: residual(), 2 * 4096),
+    "residual-bf16-undo": (lambda: residual(dtype=torch.bfloat16, undo=True), 4096),
 }
 
 TENSOR_KERNELS = ("_attention_fwd_kernel", "_attention_bwd_kernel", "_hashing_fwd_kernel")
@@ -156,6 +164,7 @@ AT_LENGTH = {
     "attention_fwd": attention_fwd,
     "attention_bwd": attention_bwd,
     "hash_sort": hash_sort,
+    "residual": residual,
 }
 
 

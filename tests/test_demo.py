@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from lsh_kernels import LSHMultiheadAttention, demo
+from lsh_kernels import LSHMultiheadAttention, ReformerLM, demo
 
 NAMES = ["exact", "LSH, shared QK", "LSH, separate keys"]
 ROOT = Path(__file__).parents[1]
@@ -107,6 +108,36 @@ def test_demo_interrupted_leaves_what_was_measured(tmp_path):
     assert line.startswith(f"exact ({done} steps)") and line.split()[3] == "-" and float(line.split()[5]) > 0
     assert len(rows(tmp_path / "losses.csv")) == done
     assert (tmp_path / "demo.png").exists()
+
+
+def test_demo_reformer_end_to_end(tmp_path):
+    text = finish(start(tmp_path, "--model", "reformer", "--steps", "2"), 0)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["options"] == {"length": 256, "steps": 2, "layers": 2, "seed": 0}
+    assert list(results["models"]) == ["reformer"] and results["layer"] == {}
+    model = results["models"]["reformer"]
+    assert [row["step"] for row in model["train"]] == [1, 2] and model["peak_bytes"] > 0
+    assert [line.split()[0] for line in text.splitlines() if line.startswith(("reformer", *NAMES))] == ["reformer"]
+    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+    saved = torch.load(tmp_path / demo.weights_name("reformer"), weights_only=True)
+    assert saved["model"] == "reformer" and saved["options"] == results["options"]
+    model = demo.build_model("reformer", SimpleNamespace(**saved["options"]))
+    model.load_state_dict(saved["state_dict"])
+    assert type(model) is ReformerLM and model.config.pattern == ("local", "lsh") and model.config.reversible
+
+
+def test_demo_chooses_its_models_and_length():
+    assert vars(demo._parse([]))["models"] == NAMES and demo._parse([]).length == 8192
+    assert demo._parse(["--model", "reformer"]).length == 16384
+    options = demo._parse(["--model", "exact", "reformer", "--length", "99"])
+    assert options.models == ["exact", "reformer"] and options.length == 99
+
+
+def test_demo_reformer_loss_is_that_of_its_logits():
+    model = demo.build_model("reformer", SimpleNamespace(seed=0, layers=2, length=99)).eval()
+    text = torch.from_numpy(demo.corpus()[0][:100])
+    expected = F.cross_entropy(model(text[None, :-1].long())[0], text[1:].long())
+    torch.testing.assert_close(demo.next_byte_loss(model, text), expected)
 
 
 def results_without_runs():
@@ -237,11 +268,11 @@ def test_demo_twins_start_from_the_same_weights():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "reformer"])
 def test_demo_models_are_causal(name, training, monkeypatch):
     # as in the demo's processes; torch's fast path would read the mask of zeros
     monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
-    model = demo.build_model(name, SimpleNamespace(seed=0, layers=2)).train(training)
+    model = demo.build_model(name, SimpleNamespace(seed=0, layers=2, length=100)).train(training)
     text = torch.randint(0, 256, (1, 100))
     changed = torch.cat([text[:, :60], torch.randint(0, 256, (1, 40))], dim=1)
     with torch.no_grad():

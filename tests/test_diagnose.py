@@ -115,6 +115,18 @@ def test_diagnose_reads_the_demos_weights(name, short_text, tmp_path, capsys):
     assert name in capsys.readouterr().out
 
 
+def test_diagnose_reads_the_reformers_weights(short_text, tmp_path):
+    settings = {"length": 128, "steps": 1, "layers": 4, "seed": 1}
+    model = demo.build_model(demo.REFORMER, SimpleNamespace(**settings))
+    file = tmp_path / demo.weights_name(demo.REFORMER)
+    torch.save({"model": demo.REFORMER, "options": settings, "state_dict": model.state_dict()}, file)
+    assert diagnose.main([str(file), "--spans", "window", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    results, rows = read(tmp_path)
+    # every other layer is local
+    assert list(results["layers"]) == ["layers.blocks.1.f.attention", "layers.blocks.3.f.attention"]
+    assert len(rows) == 2 * 2 * demo.NUM_HEADS and all(0 < float(row["recall"]) <= 1 for row in rows)
+
+
 def test_diagnose_trains_the_demos_model(tmp_path):
     path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "lsh_kernels", "diagnose", "--length", "64", "--steps", "2", "--layers", "1"]

@@ -9,8 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lsh_kernels import LSHConfig, LSHMultiheadAttention, LSHSelfAttention, modules, replace_multihead_attention
-from lsh_kernels.functional import lsh_attention
+from lsh_kernels import (
+    LocalSelfAttention,
+    LSHConfig,
+    LSHMultiheadAttention,
+    LSHSelfAttention,
+    modules,
+    replace_multihead_attention,
+)
+from lsh_kernels.functional import local_attention, lsh_attention
 
 E, H, L = 32, 4, 40
 CONFIG = LSHConfig(n_hashes=2, chunk_length=8)
@@ -767,3 +774,57 @@ def test_replace_says_that_it_found_nothing():
         replace_multihead_attention(encoder_layer(), filter=lambda name, module: False)
     with pytest.raises(TypeError, match="config: got int"):
         replace_multihead_attention(encoder_layer(), 4)
+
+
+# local attention, rotary positions
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rotary", [False, True])
+def test_modules_local_attention_is_the_functional_call(causal, rotary):
+    layer = LocalSelfAttention(E, H, window=6, causal=causal, rotary=rotary, bias=True, dropout=0.2).eval()
+    x = torch.randn(3, L, E)
+    q, k, v = (proj(x).view(3, L, H, E // H).transpose(1, 2) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
+    if rotary:
+        q, k = turned(q), turned(k)
+    out = local_attention(q, k, v, window=6, is_causal=causal, key_padding_mask=PADDING)
+    expected = layer.out_proj(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, PADDING), expected)
+    torch.testing.assert_close(layer(x, float_mask(PADDING)), expected)
+    layer.train()
+    assert not torch.allclose(layer(x, PADDING), expected)
+
+
+def turned(x):
+    """x [B, H, L, D] turned by position, as complex numbers."""
+    half = x.shape[-1] // 2
+    angles = torch.arange(x.shape[2])[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    y = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([y.real, y.imag], dim=-1)
+
+
+def test_modules_rotary_turns_shared_queries_before_they_are_hashed():
+    plain, rotary = (LSHSelfAttention(E, H, config=CONFIG, rotary=on).eval() for on in (False, True))
+    rotary.load_state_dict(plain.state_dict())
+    x = torch.randn(2, L, E)
+    (qk, _, v), (turned_qk, none, same_v) = plain.project_heads(x), rotary.project_heads(x)
+    torch.testing.assert_close(turned_qk, turned(qk))
+    assert none is None and torch.equal(v, same_v)
+    out = lsh_attention(turned_qk, None, v, config=CONFIG, rotations=rotary.rotations[..., : sum(CONFIG.factors(L)) // 2])
+    torch.testing.assert_close(rotary(x), rotary.out_proj(out.transpose(1, 2).flatten(2)))
+    assert rotary.bfloat16().project_heads(x.bfloat16())[0].dtype == torch.bfloat16
+
+
+def test_modules_local_attention_checks_its_arguments():
+    assert set(LocalSelfAttention(E, H).state_dict()) == {f"{name}_proj.weight" for name in ("q", "k", "v", "out")}
+    for options, error, message in (
+        ({"window": 0}, ValueError, "window: got 0"),
+        ({"window": 1.0}, TypeError, "window: got 1.0, wanted an int"),
+        ({"num_heads": 5}, ValueError, "embed_dim: got 32, wanted a multiple of num_heads = 5"),
+        ({"dropout": 2}, ValueError, "dropout: got 2"),
+        ({"head_dim": 3, "rotary": True}, ValueError, "head_dim: got 3 with rotary=True, wanted an even number"),
+    ):
+        with pytest.raises(error, match=message):
+            LocalSelfAttention(E, **{"num_heads": H, **options})
+    with pytest.raises(ValueError, match=r"x: got shape \(40, 32\), wanted \[B, L, 32\]"):
+        LocalSelfAttention(E, H)(torch.randn(L, E))

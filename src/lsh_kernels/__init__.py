@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lsh_kernels import diagnostics, reference
     from lsh_kernels.config import LSHConfig
+    from lsh_kernels.cross_entropy import chunked_cross_entropy
+    from lsh_kernels.feedforward import ChunkedFeedForward
     from lsh_kernels.functional import (
         bucket_sort,
         combine_rounds,
@@ -17,15 +19,29 @@ if TYPE_CHECKING:
         lsh_hash,
         random_rotations,
     )
-    from lsh_kernels.modules import LSHMultiheadAttention, LSHSelfAttention, replace_multihead_attention
+    from lsh_kernels.models import ReformerConfig, ReformerLM
+    from lsh_kernels.modules import (
+        LocalSelfAttention,
+        LSHMultiheadAttention,
+        LSHSelfAttention,
+        replace_multihead_attention,
+    )
+    from lsh_kernels.reversible import ReversibleBlock, ReversibleSequence
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChunkedFeedForward",
     "LSHConfig",
     "LSHMultiheadAttention",
     "LSHSelfAttention",
+    "LocalSelfAttention",
+    "ReformerConfig",
+    "ReformerLM",
+    "ReversibleBlock",
+    "ReversibleSequence",
     "bucket_sort",
+    "chunked_cross_entropy",
     "combine_rounds",
     "diagnostics",
     "local_attention",
@@ -37,9 +53,16 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "ChunkedFeedForward": "feedforward",
     "LSHConfig": "config",
     "LSHMultiheadAttention": "modules",
     "LSHSelfAttention": "modules",
+    "LocalSelfAttention": "modules",
+    "ReformerConfig": "models",
+    "ReformerLM": "models",
+    "ReversibleBlock": "reversible",
+    "ReversibleSequence": "reversible",
+    "chunked_cross_entropy": "cross_entropy",
     "replace_multihead_attention": "modules",
 }
 

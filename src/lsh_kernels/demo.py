@@ -2,7 +2,8 @@
 
 A byte-level model of the source text of the running Python's standard library, trained three times from the same
 weights on the same batches: with `nn.MultiheadAttention`, and with it swapped for LSH attention with shared QK and with
-separate keys. Every model trains in a process of its own, so that peak memory is its own too.
+separate keys. Every model trains in a process of its own, so that peak memory is its own too. `--model reformer` trains a
+`ReformerLM` on that text, at 16K context.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lsh_kernels.config import LSHConfig
+from lsh_kernels.models import ReformerConfig, ReformerLM
 from lsh_kernels.modules import LSHMultiheadAttention, replace_multihead_attention
 
 EMBED_DIM = 128
@@ -42,6 +44,7 @@ N_EVALUATIONS = 4  # during training, evenly spaced, the last one at the end
 
 # what becomes of each nn.MultiheadAttention: shared_qk, or None to leave it alone
 MODELS = {"exact": None, "LSH, shared QK": True, "LSH, separate keys": False}
+REFORMER = "reformer"
 
 
 def main(argv=None) -> int:
@@ -74,12 +77,18 @@ def main(argv=None) -> int:
 
 def _parse(argv):
     parser = argparse.ArgumentParser(prog="python -m lsh_kernels demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--length", type=int, default=8192, help="context, in bytes (default: %(default)s)")
+    parser.add_argument(
+        "--model", nargs="+", choices=[*MODELS, REFORMER], default=list(MODELS), dest="models", metavar="NAME",
+        help=f"models to train, out of {', '.join(map(repr, [*MODELS, REFORMER]))} (default: all but the last)",
+    )  # fmt: skip
+    parser.add_argument("--length", type=int, help=f"context, in bytes (default: 8192, with {REFORMER} 16384)")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps per model (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="layers of the model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and hashes (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the files (default: %(default)s)")
     options = parser.parse_args(argv)
+    if options.length is None:
+        options.length = 16384 if REFORMER in options.models else 8192
     for name, least in (("length", 16), ("steps", 1), ("layers", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name}: got {getattr(options, name)}, wanted >= {least}")
@@ -88,7 +97,7 @@ def _parse(argv):
 
 def _measure(options, results):
     """Fill `results`, as it comes in."""
-    for name in MODELS:
+    for name in options.models:
         rows = results["models"][name] = {"train": [], "heldout": []}
         with tqdm(total=options.steps, desc=f"training {name}", unit="step") as bar:
             for kind, *row in messages(train, (name, options)):
@@ -103,7 +112,8 @@ def _measure(options, results):
                 else:
                     rows["peak_bytes"] = row[0]
     lengths = [options.length * 2**p // 8 for p in range(5)]
-    for name in MODELS:
+    # of the reformer no layer is timed: it has no twin with exact attention
+    for name in [name for name in options.models if name in MODELS]:
         rows = results["layer"][name] = []
         with tqdm(total=len(lengths), desc=f"one layer, {name}", unit="length") as bar:
             for row in messages(_time_layer, (name, lengths, options.seed)):
@@ -150,7 +160,7 @@ def train(send, name, options):
 
     model = build_model(name, options)
     update(model, torch.optim.AdamW(model.parameters()), train[:65])  # loads what torch loads on first use
-    resting = _start_of_peak()
+    resting = start_of_peak()
     model = build_model(name, options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, options.steps))
@@ -167,8 +177,8 @@ def train(send, name, options):
                 loss = statistics.fmean(next_byte_loss(model, text).item() for text in heldout)
             model.train()
             send(("heldout", step, loss / math.log(2)))
-    send(("peak", _peak() - resting))
-    settings = {option: value for option, value in vars(options).items() if option != "out"}
+    send(("peak", peak() - resting))
+    settings = {option: value for option, value in vars(options).items() if option not in ("out", "models")}
     torch.save({"model": name, "options": settings, "state_dict": model.state_dict()}, options.out / weights_name(name))
 
 
@@ -192,10 +202,10 @@ def _time_layer(send, name, lengths, seed):
         return time.perf_counter() - began
 
     run(min(lengths[0], 256))  # threads, libraries
-    resting = _start_of_peak()
+    resting = start_of_peak()
     for length in lengths:
         seconds = statistics.median(run(length) for _ in range(3))
-        send((length, seconds, _peak() - resting))
+        send((length, seconds, peak() - resting))
 
 
 class ByteModel(nn.Module):
@@ -220,9 +230,12 @@ class ByteModel(nn.Module):
         return self.head(self.norm(x))
 
 
-def build_model(name, options) -> ByteModel:
-    """The exact model, or one of its twins: the same initial weights for the same seed."""
+def build_model(name, options) -> ByteModel | ReformerLM:
+    """The exact model, or one of its twins: the same initial weights for the same seed; or the reformer."""
     torch.manual_seed(options.seed)
+    if name == REFORMER:
+        sizes = {"embed_dim": EMBED_DIM, "num_heads": NUM_HEADS, "n_layers": options.layers}
+        return ReformerLM(ReformerConfig(vocab_size=256, max_length=options.length, **sizes))
     model = ByteModel(options.layers)
     shared_qk = MODELS[name]
     return model if shared_qk is None else replace_multihead_attention(model, CONFIG, shared_qk=shared_qk)
@@ -251,6 +264,8 @@ def sinusoids(length):
 def next_byte_loss(model, text):
     """Mean cross-entropy (natural log) of text[1:] given what comes before; text [L + 1] uint8."""
     text = text.long()
+    if isinstance(model, ReformerLM):
+        return model(text[None, :-1], text[None, 1:])
     return F.cross_entropy(model(text[None, :-1])[0], text[1:])
 
 
@@ -345,16 +360,16 @@ def _commit():
     return described.stdout.strip()
 
 
-def _start_of_peak():
+def start_of_peak():
     """Forget the peak so far where the system can (Linux), and return it: bytes that are not the model's."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
-    return _peak()
+    return peak()
 
 
-def _peak():
+def peak():
     """Most resident memory that this process had, in bytes (Linux, macOS)."""
     status = Path("/proc/self/status")
     if status.exists():
@@ -381,8 +396,7 @@ def table(results) -> str:
         f"{'':30}{'held-out':>12}{'tokens/s':>12}{'s/step':>12}{'peak':>12}",
         f"{'':30}{'bits/byte':>12}{'':>12}{'':>12}{'MiB':>12}",
     ]
-    for name in MODELS:
-        rows = results["models"].get(name, {"train": [], "heldout": []})
+    for name, rows in results["models"].items():
         cells = summary(rows)
         seconds, peak = cells["seconds"], cells["peak_bytes"]
         stopped = f" ({len(rows['train'])} steps)" if len(rows["train"]) < steps else ""
@@ -434,8 +448,9 @@ def _write(out, results):
 
 def plot(figure, results):
     """Loss curves; time and memory of one layer against length. Readable in black and white."""
-    losses, seconds, peak = figure.subplots(1, 3)
-    styles = dict(zip(MODELS, (("black", "-", "o"), ("0.35", "--", "s"), ("0.6", "-.", "^")), strict=True))
+    losses, *layer = figure.subplots(1, 3 if results["layer"] else 1, squeeze=False)[0]
+    styles = (("black", "-", "o"), ("0.35", "--", "s"), ("0.6", "-.", "^"), ("black", "--", "D"))
+    styles = dict(zip([*MODELS, REFORMER], styles, strict=True))
     for name, rows in results["models"].items():
         color, line, marker = styles[name]
         train, heldout = rows["train"], rows["heldout"]
@@ -448,17 +463,16 @@ def plot(figure, results):
     for name, rows in results["layer"].items():
         color, line, marker = styles[name]
         style = {"color": color, "linestyle": line, "marker": marker, "label": name}
+        seconds, peak = layer
         seconds.plot(_column(rows, "length"), _column(rows, "seconds"), **style)
         peak.plot(_column(rows, "length"), [row["peak_bytes"] / 2**20 for row in rows], **style)
-    seconds.set(title="one layer, forward + backward", ylabel="seconds")
-    peak.set(title="one layer, forward + backward", ylabel="peak MiB")
-    for axes in (seconds, peak):
-        axes.set(xlabel="length", xscale="log")
+    for axes, ylabel in zip(layer, ("seconds", "peak MiB")):
+        axes.set(title="one layer, forward + backward", ylabel=ylabel, xlabel="length", xscale="log")
         axes.set_yscale("log", nonpositive="mask")
         lengths = sorted({row["length"] for rows in results["layer"].values() for row in rows})
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
-    for axes in (losses, seconds, peak):
+    for axes in (losses, *layer):
         axes.grid(color="0.9")
         if axes.get_legend_handles_labels()[0]:
             axes.legend()

@@ -68,7 +68,7 @@ def _parse(argv):
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path)
     parser.add_argument("--causal", action="store_true", help="the tensors are those of causal attention")
     train = parser.add_argument_group("without FILE")
-    train.add_argument("--model", choices=demo.MODELS, default="LSH, shared QK", help="(default: %(default)s)")
+    train.add_argument("--model", choices=[*demo.MODELS, demo.REFORMER], default="LSH, shared QK", help="(default: %(default)s)")
     train.add_argument("--length", type=int, default=8192, help="context, in bytes (default: %(default)s)")
     train.add_argument("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
     train.add_argument("--layers", type=int, default=2, help="layers of the model (default: %(default)s)")

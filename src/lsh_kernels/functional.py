@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
+from . import ops, recompute
 from .config import AttentionOptions, LSHConfig, bucket_factors
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -106,6 +106,7 @@ def lsh_attention(
         buckets, (B, H, config.n_hashes, L), None if shared else (B, Hkv, config.n_hashes, S), query.device
     )
     _check_generator(generator)
+    generator = recompute.generator_to_draw_from(generator)
     backend = choose_backend(backend, query)
     if rotations is not None:
         _check_rotations(rotations, query, Hkv, config.n_hashes, factors)
@@ -179,6 +180,7 @@ def local_attention(
         raise ValueError("wrap: got True with a window, wanted chunk_length (only chunks can form a cycle)")
     dropout_p, scale = _check_numbers(dropout_p, scale, query.shape[-1] ** -0.5)
     _check_generator(generator)
+    generator = recompute.generator_to_draw_from(generator)
     backend = choose_backend(backend, query)
     options = AttentionOptions(
         factors=[1],
@@ -228,16 +230,21 @@ def random_rotations(
     return torch.randn(n_heads or 1, head_dim, n_hashes, sum(factors) // 2, device=device, **source)
 
 
-def lsh_hash(x: Tensor, rotations: Tensor, n_buckets: int | tuple[int, ...]) -> Tensor:
+def lsh_hash(x: Tensor, rotations: Tensor, n_buckets: int | tuple[int, ...], *, backend: str = "auto") -> Tensor:
     """Bucket ids by angular LSH: per round `argmax([xR ; -xR])`, ties to the lowest index.
 
     Args:
         x: [B, H, L, D]; only directions matter. A row of NaN lands somewhere in [0, N).
         rotations: [Hr, D, R, W_rot] of `random_rotations`, Hr = 1 or a divisor of H (shared by the heads of a group).
         n_buckets: N, or its factors: ids combine as h_0 + N_0 * h_1 + N_0 * N_1 * h_2.
+        backend: "torch", "triton" or "auto".
 
     Returns:
         int32 [B, H, R, L]. No gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+        RuntimeError: `backend` can't run, and why.
 
     Source: Andoni et al. 2015 (arXiv 1509.02897).
     """
@@ -251,14 +258,26 @@ def lsh_hash(x: Tensor, rotations: Tensor, n_buckets: int | tuple[int, ...]) -> 
     else:
         heads = x.shape[1]
     _check_rotations(rotations, x, heads, n_hashes, factors)
-    return torch.ops.lsh_kernels.lsh_hash(x.detach(), rotations.detach(), list(factors), choose_backend("auto", x))
+    return torch.ops.lsh_kernels.lsh_hash(x.detach(), rotations.detach(), list(factors), choose_backend(backend, x))
 
 
-def bucket_sort(buckets: Tensor, n_buckets: int | tuple[int, ...], key_padding_mask: Tensor | None = None) -> Tensor:
-    """Stable sort of positions by bucket: `order` int32 [B, H, R, L], slot -> position.
+def bucket_sort(
+    buckets: Tensor, n_buckets: int | tuple[int, ...], key_padding_mask: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Stable sort of positions by bucket: slot -> position, in a bucket ascending.
 
-    Inside a bucket positions ascend. Positions with `key_padding_mask` [B, L] True come last. Ids of `buckets` [B, H, R, L]
-    (int32 or int64) out of [0, n_buckets) are clamped.
+    Args:
+        buckets: int32 or int64 [B, H, R, L]; ids out of [0, N) are clamped.
+        n_buckets: N, or its factors.
+        key_padding_mask: bool [B, L], True = ignore: these positions come last.
+        backend: "torch", "triton" or "auto".
+
+    Returns:
+        order, int32 [B, H, R, L].
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+        RuntimeError: `backend` can't run, and why.
     """
     n_buckets = math.prod(bucket_factors(n_buckets))
     if not isinstance(buckets, Tensor):
@@ -267,7 +286,7 @@ def bucket_sort(buckets: Tensor, n_buckets: int | tuple[int, ...], key_padding_m
         raise ValueError(f"buckets: got shape {tuple(buckets.shape)}, wanted [B, H, R, L], only B may be 0")
     _check_integer("buckets", buckets)
     _check_padding(key_padding_mask, buckets.shape[0], buckets.shape[-1], buckets.device)
-    return torch.ops.lsh_kernels.bucket_sort(buckets, n_buckets, key_padding_mask, choose_backend("auto", buckets))
+    return torch.ops.lsh_kernels.bucket_sort(buckets, n_buckets, key_padding_mask, choose_backend(backend, buckets))
 
 
 def combine_rounds(out: Tensor, lse: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -461,4 +480,6 @@ def _draw_seed(dropout_p: float, generator: torch.Generator | None, device: torc
     """The Philox key of this call, drawn only if something will be dropped."""
     if dropout_p == 0:
         return None
-    return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device)
+    # compiled code has drawn from torch's own generator, whose state a repetition finds as it was
+    return seed if torch.compiler.is_compiling() else recompute.keep(lambda: seed)

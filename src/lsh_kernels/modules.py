@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsh_kernels.config import MAX_BUCKETS, LSHConfig
-from lsh_kernels.functional import lsh_attention, random_rotations
+from lsh_kernels.functional import local_attention, lsh_attention, random_rotations
 
 EVAL_SEED = 0
 
@@ -72,6 +72,7 @@ class LSHSelfAttention(_FixedInEval):
         dropout: probability that an attention probability is dropped in training.
         bias: whether the three projections have a bias.
         head_dim: D, of queries, keys and values; None means E / H.
+        rotary: turn queries (and so the keys) by their positions, before they are hashed; needs an even D.
         device, dtype: of the parameters.
 
     Parameters: `qk_proj` and `v_proj` (E -> H D), `out_proj` (H D -> E), each an `nn.Linear`.
@@ -84,7 +85,8 @@ class LSHSelfAttention(_FixedInEval):
         >>> layer(torch.randn(2, 1000, 256)).shape
         torch.Size([2, 1000, 256])
 
-    Source: Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2020.
+    Source: Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2020; rotary positions: Su et al. 2021
+    (arXiv 2104.09864).
     """
 
     def __init__(
@@ -97,24 +99,14 @@ class LSHSelfAttention(_FixedInEval):
         dropout: float = 0.0,
         bias: bool = False,
         head_dim: int | None = None,
+        rotary: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
-        if embed_dim < 1 or num_heads < 1:
-            raise ValueError(f"embed_dim, num_heads: got {embed_dim}, {num_heads}, wanted both >= 1")
-        if head_dim is None and embed_dim % num_heads:
-            raise ValueError(f"embed_dim: got {embed_dim}, wanted a multiple of num_heads = {num_heads}, or head_dim")
-        if head_dim is not None and head_dim < 1:
-            raise ValueError(f"head_dim: got {head_dim}, wanted >= 1")
+        _set_self_attention(self, embed_dim, num_heads, head_dim, causal, dropout, rotary)
         _check_config(config)
-        _check_dropout(dropout)
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         self.config = config
-        self.causal = causal
-        self.dropout = dropout
         width = self.num_heads * self.head_dim
         self.qk_proj = nn.Linear(embed_dim, width, bias=bias, device=device, dtype=dtype)
         self.v_proj = nn.Linear(embed_dim, width, bias=bias, device=device, dtype=dtype)
@@ -133,8 +125,7 @@ class LSHSelfAttention(_FixedInEval):
         Raises:
             TypeError, ValueError: a mask of the wrong dtype, a shape that does not fit.
         """
-        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [B, L, {self.embed_dim}]")
+        _check_input(x, self.embed_dim)
         out = lsh_attention(
             *self.project_heads(x),
             config=self.config,
@@ -148,7 +139,77 @@ class LSHSelfAttention(_FixedInEval):
     def project_heads(self, x):
         """Queries, keys (None: shared) and values as [B, H, L, D]."""
         qk, v = (_split_heads(proj(x), self.num_heads, batch_first=True) for proj in (self.qk_proj, self.v_proj))
-        return qk, None, v
+        return _rotate(qk) if self.rotary else qk, None, v
+
+
+class LocalSelfAttention(nn.Module):
+    """Self-attention to near tokens: the layer that the Reformer alternates with LSH attention.
+
+    `out_proj(local_attention(q_proj(x), k_proj(x), v_proj(x)))`, per head.
+
+    Args:
+        embed_dim: E.
+        num_heads: H.
+        window: position i sees positions i - window .. i + window (.. i if causal).
+        causal, dropout, bias, head_dim, rotary, device, dtype: as in `LSHSelfAttention`.
+
+    Parameters: `q_proj`, `k_proj` and `v_proj` (E -> H D), `out_proj` (H D -> E), each an `nn.Linear`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or size.
+
+    Example:
+        >>> layer = LocalSelfAttention(256, 4, window=128, causal=True)
+        >>> layer(torch.randn(2, 1000, 256)).shape
+        torch.Size([2, 1000, 256])
+
+    Source: as `local_attention`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        window: int = 64,
+        causal: bool = False,
+        dropout: float = 0.0,
+        bias: bool = False,
+        head_dim: int | None = None,
+        rotary: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _set_self_attention(self, embed_dim, num_heads, head_dim, causal, dropout, rotary)
+        if isinstance(window, bool) or not isinstance(window, int):
+            raise TypeError(f"window: got {window!r}, wanted an int")
+        if window < 1:
+            raise ValueError(f"window: got {window}, wanted >= 1")
+        self.window = window
+        width = self.num_heads * self.head_dim
+        self.q_proj = nn.Linear(embed_dim, width, bias=bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(embed_dim, width, bias=bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(embed_dim, width, bias=bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(width, embed_dim, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Attend: x [B, L, E] -> [B, L, E]; mask and errors as in `LSHSelfAttention`."""
+        _check_input(x, self.embed_dim)
+        out = local_attention(
+            *self.project_heads(x),
+            window=self.window,
+            is_causal=self.causal,
+            key_padding_mask=_padding(key_padding_mask, x.shape[:2]),
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(_merge_heads(out, batch_first=True))
+
+    def project_heads(self, x):
+        """Queries, keys and values as [B, H, L, D]."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (_split_heads(proj(x), self.num_heads, batch_first=True) for proj in projections)
+        return (_rotate(q), _rotate(k), v) if self.rotary else (q, k, v)
 
 
 class LSHMultiheadAttention(_FixedInEval, nn.MultiheadAttention):
@@ -471,6 +532,41 @@ def _swap(path, old, config, shared_qk, exact_below):
     if not new.training:
         new._draw_rotations()
     return new
+
+
+def _set_self_attention(layer, embed_dim, num_heads, head_dim, causal, dropout, rotary):
+    """Check and set what the self-attention layers have in common."""
+    if embed_dim < 1 or num_heads < 1:
+        raise ValueError(f"embed_dim, num_heads: got {embed_dim}, {num_heads}, wanted both >= 1")
+    if head_dim is None and embed_dim % num_heads:
+        raise ValueError(f"embed_dim: got {embed_dim}, wanted a multiple of num_heads = {num_heads}, or head_dim")
+    if head_dim is not None and head_dim < 1:
+        raise ValueError(f"head_dim: got {head_dim}, wanted >= 1")
+    _check_dropout(dropout)
+    layer.embed_dim = embed_dim
+    layer.num_heads = num_heads
+    layer.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+    layer.causal = causal
+    layer.dropout = dropout
+    layer.rotary = rotary
+    if rotary and layer.head_dim % 2:
+        raise ValueError(f"head_dim: got {layer.head_dim} with rotary=True, wanted an even number")
+
+
+def _check_input(x, embed_dim):
+    if x.dim() != 3 or x.shape[-1] != embed_dim:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [B, L, {embed_dim}]")
+
+
+def _rotate(x):
+    """x [.., L, D], each (x_d, x_{d + D/2}) turned by the angle position * 10,000^(-2d/D)."""
+    length, half = x.shape[-2], x.shape[-1] // 2
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    rates = 1e-4 ** (torch.arange(half, dtype=dtype, device=x.device) / half)
+    angles = torch.arange(length, dtype=dtype, device=x.device)[:, None] * rates  # [L, D/2]
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 def _split_heads(x, num_heads, batch_first):

@@ -6,11 +6,13 @@ much host time as a launch. The stages are ops of their own too, for microbenchm
 
 from __future__ import annotations
 
+import math
 from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
+from . import recompute
 from .config import AttentionOptions
 from .torch_backend import SortedRounds
 
@@ -32,6 +34,9 @@ _library.define(
 _library.define("lsh_hash(Tensor x, Tensor rotations, int[] factors, str backend) -> Tensor")
 _library.define("bucket_sort(Tensor buckets, int n_buckets, Tensor? key_padding_mask, str backend) -> Tensor")
 _library.define("combine_rounds(Tensor out, Tensor lse, str backend) -> (Tensor, Tensor)")
+_library.define(
+    "residual_add(Tensor stream, Tensor addend, ScalarType dtype, bool undo, str backend) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def _implement(name: str):
@@ -72,23 +77,39 @@ def attention(
     return out, lse
 
 
+def residual_add(stream: Tensor, addend: Tensor, dtype: torch.dtype, undo: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of `fixed_point.residual_add` as one op: the new stream, its values in `dtype`, checksum int64 []."""
+    return torch.ops.lsh_kernels.residual_add(stream, addend, dtype, undo, backend)
+
+
 @_implement("attention_forward")
 def _attention_forward(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, *options):
     *options, backend = options
+    options = AttentionOptions(*options)
+    if rotations is not None and recompute.is_active():
+        q_buckets, k_buckets = _kept_buckets(query, key, rotations, options.factors, backend)
+        rotations = None
     # nothing to launch for an empty batch
     if backend == "triton" and query.shape[0]:
         from .csrc_triton.pipeline import attention_forward
     else:
         from .torch_backend import attention_forward
-    out, lse, state = attention_forward(
-        query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, AttentionOptions(*options)
-    )
+    out, lse, state = attention_forward(query, key, value, key_padding_mask, seed, rotations, q_buckets, k_buckets, options)
     if state.k_order is None:
         # an op's outputs may not be one tensor twice
         k_rounds = (query.new_empty(0, dtype=torch.int32), query.new_empty(0, dtype=torch.int32))
     else:
         k_rounds = (state.k_order, state.k_stretched)
     return out, lse, state.q_order, state.q_stretched, *k_rounds
+
+
+def _kept_buckets(query, key, rotations, factors, backend):
+    """Bucket ids of queries and keys (None if shared), kept in as few bytes as they need if this run will be repeated."""
+    dtype = torch.uint8 if math.prod(factors) <= 256 else torch.int16
+    hashed = recompute.keep(
+        lambda: [None if x is None else _lsh_hash(x, rotations, factors, backend).to(dtype) for x in (query, key)]
+    )
+    return [None if buckets is None else buckets.to(torch.int32) for buckets in hashed]
 
 
 @torch.library.register_fake("lsh_kernels::attention_forward", lib=_library)
@@ -219,3 +240,20 @@ def _(out, lse, backend):
 
 
 _refuse_gradient("combine_rounds", "combine_rounds has no gradient; train with lsh_attention")
+
+
+@_implement("residual_add")
+def _residual_add(stream, addend, dtype, undo, backend):
+    if backend == "triton" and stream.numel():
+        from .csrc_triton.residual import residual_add
+    else:
+        from .fixed_point import residual_add
+    return residual_add(stream, addend, dtype, undo)
+
+
+@torch.library.register_fake("lsh_kernels::residual_add", lib=_library)
+def _(stream, addend, dtype, undo, backend):
+    return torch.empty_like(stream), stream.new_empty(stream.shape, dtype=dtype), stream.new_empty((), dtype=torch.int64)
+
+
+_refuse_gradient("residual_add", "residual_add has no gradient; train with ReversibleSequence(blocks, exact=True)")
