@@ -415,8 +415,15 @@ def _launch_config(D, Dv, dtype, mode):
     if mode.DEDUPE and widest > 64 and mode.ROUNDS > 4:
         block_m = 16
     # walked queries of separate keys bring two ends per round
-    narrow = widest > 128 or (mode.DEDUPE and (widest > 64 or not mode.SHARED))
-    return Tile(D, Dv, block_d, block_dv, block_m, 16 if narrow else 32), 4, 2
+    block_n = 16 if widest > 128 or (mode.DEDUPE and (widest > 64 or not mode.SHARED)) else 32
+    num_warps = 4
+    if mode.DEDUPE and mode.SHARED and widest <= 64 and dtype != torch.float32:
+        # two warps repeat less of the rows than four do, where small tiles leave them the registers
+        if mode.ROUNDS <= 5 and not mode.DROPOUT:
+            block_n, num_warps = 16, 2
+        elif mode.ROUNDS > 5 and mode.DROPOUT:
+            block_m, block_n, num_warps = 16, 16, 2
+    return Tile(D, Dv, block_d, block_dv, block_m, block_n), num_warps, 2
 
 
 def _check_gradients(dout, dlse, query, value, out, lse):

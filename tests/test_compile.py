@@ -139,6 +139,10 @@ LAUNCHES = {
         lambda: attention_bwd(dtype=torch.bfloat16, n_hashes=2, dedupe=False, in_place=True),
         4 * 4096,
     ),
+    "attention_bwd-bf16-D64-8-rounds-dropout": (
+        lambda: attention_bwd(dtype=torch.bfloat16, n_hashes=8, dropout_p=0.1),
+        2 * 4096,
+    ),
     "attention_bwd-fp16-D128-8-rounds": (lambda: attention_bwd(head_dim=128, n_hashes=8), 8 * 4096),
     "hash_sort-bf16-D64": (lambda: hash_sort(), 256 * 128),
     "hash_sort-fp16-D64-one-pass-masked": (lambda: hash_sort(dtype=torch.float16, factors=(128,), mask=True), 256 * 128),
