@@ -189,16 +189,6 @@ def test_bench_memory_goes_by_length_and_by_depth():
     ]  # fmt: skip
 
 
-def test_bench_reversible_rows_have_numbers(tmp_path):
-    _, rows = run(tmp_path / "rows.csv", "--suite", "reversible", "--quick", "--providers", "lsh_kernels exact")
-    assert [(row["measure"], row["depth"]) for row in rows] == [
-        ("memory", "12"), ("memory", "2"), ("time", "2"), ("drift", "12"), ("drift", "2"),
-    ]  # fmt: skip
-    assert all((row["status"], row["op"], row["embed_dim"]) == ("ok", "reversible", "16") for row in rows)
-    assert float(rows[0]["peak_mib"]) > 0 and float(rows[1]["peak_mib"]) > 0 and float(rows[2]["ms_p50"]) > 0
-    assert [row["drift"] for row in rows[3:]] == ["0", "0"]
-
-
 def test_bench_reversible_providers_train_alike():
     """Same layers, same output, same gradients, but for what exact mode's grid rounds; drift is there in float mode only."""
     cases = list(reversible.cases(replace(SETTINGS, quick=True)))
@@ -468,28 +458,44 @@ def rehearse(out, *options):
     return done.returncode, done.stdout
 
 
-def test_bench_gpu_rehearsal_leaves_every_file(tmp_path):
-    providers = ["lsh_kernels triton", "SDPA flash", "not reversible", "plain MLP"]
-    status, said = rehearse(
-        tmp_path, "--providers", *providers, "--lengths", "64", "--tests", "tests/test_bench.py", "-k", "crossover"
-    )
+REHEARSED = ["lsh_kernels triton", "SDPA flash", "lsh_kernels exact", "plain MLP"]
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """(folder, what was said, rows) of a rehearsal of all suites, with a few providers at one length."""
+    out = tmp_path_factory.mktemp("rehearsal")
+    tests = ["--tests", "tests/test_readme.py", "-k", "has_snippets"]
+    status, said = rehearse(out, "--providers", *REHEARSED, "--lengths", "64", *tests)
     assert status == 0, said
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    with (out / "rehearsal.csv").open(newline="") as file:
+        return out, said, list(csv.DictReader(file))
+
+
+def test_bench_gpu_rehearsal_leaves_every_file(rehearsal):
+    out, said, rows = rehearsal
+    assert sorted(path.name for path in out.iterdir()) == [
         "bench.log", "rehearsal.csv", "rehearsal_memory.png", "rehearsal_reversible.png", "rehearsal_roofline.png",
         "rehearsal_time.png", "report.md", "tests.log",
     ]  # fmt: skip
-    with (tmp_path / "rehearsal.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
     assert {row["suite"] for row in rows} == set(bench.SUITES)
     assert {row["device"] for row in rows} == {"cpu, interpreted Triton"}
-    assert {row["provider"] for row in rows if row["status"] == "ok"} == set(providers)
-    deep, shallow = (float(row["peak_mib"]) for row in rows if row["suite"] == "reversible" and row["measure"] == "memory")
-    assert deep > shallow > 0
-    text = (tmp_path / "report.md").read_text()
+    assert {row["provider"] for row in rows if row["status"] == "ok"} == set(REHEARSED)
+    text = (out / "report.md").read_text()
     assert "Rows run on a GPU: none" in text and "](rehearsal_time.png)" in text
-    assert "no number here is one of a GPU" in (tmp_path / "bench.log").read_text() and "\r" not in said
-    status, said = rehearse(tmp_path)
+    assert "no number here is one of a GPU" in (out / "bench.log").read_text() and "\r" not in said
+    status, said = rehearse(out)
     assert status == 2 and "is not empty" in said
+
+
+def test_bench_reversible_rows_have_numbers(rehearsal):
+    rows = [row for row in rehearsal[2] if row["suite"] == "reversible"]
+    assert [(row["measure"], row["depth"]) for row in rows] == [
+        ("memory", "12"), ("memory", "2"), ("time", "2"), ("drift", "12"), ("drift", "2"),
+    ]  # fmt: skip
+    assert all((row["status"], row["op"], row["embed_dim"]) == ("ok", "reversible", "16") for row in rows)
+    assert float(rows[0]["peak_mib"]) > 0 and float(rows[1]["peak_mib"]) > 0 and float(rows[2]["ms_p50"]) > 0
+    assert [row["drift"] for row in rows[3:]] == ["0", "0"]
 
 
 def test_bench_gpu_stops_when_a_test_fails(tmp_path):
