@@ -1,4 +1,4 @@
-"""`python -m lsh_kernels bench`: times attention, its stages and its peers, and appends rows to bench/results/<machine>.csv.
+"""`python -m lsh_kernels bench`: measures attention, its stages and its peers, and appends rows to bench/results/<machine>.csv.
 
 Suites and, in them, cases run in order of importance; Ctrl-C or a spent budget keeps what was measured. A provider that is absent
 or fails leaves a row that says why.
@@ -20,12 +20,8 @@ from timing import Budget, BudgetSpentError, machine_name, measure, own_peak_mib
 from tqdm import tqdm
 
 FOLDER = Path(__file__).parent
-# most important first; a suite is there if its module has cases
-SUITES = [
-    name
-    for name in "attention stages memory reversible feedforward decode".split()
-    if (FOLDER / f"{name}.py").exists() and "\ndef cases(" in (FOLDER / f"{name}.py").read_text()
-]
+# most important first
+SUITES = ("attention", "stages", "memory", "reversible", "feedforward")
 SHAPE = ("batch", "heads", "head_dim", "n_hashes", "chunk_length")
 
 
@@ -82,7 +78,9 @@ def _parse(argv):
     parser.add_argument("--quick", action="store_true", help="fewer lengths, runs and cases")
     parser.add_argument("--out", type=Path, help="a CSV file to append to (default: bench/results/<machine>.csv)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing new after so long")
-    parser.add_argument("--seconds", type=float, help="of the runs of one case on a CPU (default: 30, with --quick 3)")
+    parser.add_argument(
+        "--seconds", type=float, help="of the runs of one case on a CPU (default: 20, with --quick 3; 0: one run)"
+    )
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="default: float32 on a CPU, bfloat16 on a GPU"
@@ -94,7 +92,7 @@ def _parse(argv):
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.seconds is None:
-        options.seconds = 3 if options.quick else 30
+        options.seconds = 3 if options.quick else 20
     if "all" in options.suite:
         options.suite = SUITES
     if any(length < 1 for length in options.lengths or ()):
@@ -136,7 +134,7 @@ def open_rows(path):
 def row_of(suite, case, provider, numbers, facts) -> dict:
     """The numbers of a provider as a row of strings."""
     row = dict.fromkeys(FIELDS, "") | case.row | facts | numbers
-    row |= {"suite": suite, "provider": provider, "threads": case.threads or torch.get_num_threads()}
+    row |= {"suite": suite, "provider": provider, "measure": case.measure, "threads": case.threads or torch.get_num_threads()}
     if "ms_p50" in numbers:
         seconds, matmul = numbers["ms_p50"] / 1e3, facts["matmul_gflops"]
         flops, floor = case.flops.get(provider), 0.0
@@ -157,11 +155,14 @@ def _text(value) -> str:
 def line_of(row) -> str:
     if row["status"] != "ok":
         result = f"{row['status']}: {row['reason']}"
+    elif row["drift"]:
+        result = f"{row['drift']:>9} largest difference"
     elif row["peak_mib"]:
         result = f"{row['peak_mib']:>9} MiB"
     else:
         result = f"{row['ms_p50']:>9} ms  ({row['ms_p20']} to {row['ms_p80']})"
-    return f"{row['op']:10}{row['provider']:26} {row['mode']:22} {row['B']:>4} x {row['L']:<7} {row['input']:10} {result}"
+    what = f"{row['op']:12}{row['provider']:26} {row['mode']:22} {row['B']:>4} x {row['L']:<7} {row['input']:10}{row['depth']:>3}"
+    return f"{what} {result}"
 
 
 def _print_peak(options, settings) -> int:

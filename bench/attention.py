@@ -43,15 +43,14 @@ def cases(settings):
         if on_gpu and length <= 2**16:
             for mode in MODES:
                 yield attention_case(settings, PEERS, length, mode, measure="graph")
-    if not on_gpu:
+    if not on_gpu and not settings.quick:
         for mode in MODES:
             yield attention_case(settings, OURS, longest, mode, regime="one thread", threads=1)
-        if not settings.quick:
-            # does twice the length take twice the time?
-            for mode in MODES:
-                yield attention_case(settings, OURS, 2 * longest, mode)
+        # does twice the length take twice the time?
+        for mode in MODES:
+            yield attention_case(settings, OURS, 2 * longest, mode)
     for kind in ("clustered", "equal"):
-        for length in lengths[: 1 if settings.quick else 3 if on_gpu else 2]:
+        for length in lengths[: 3 if on_gpu and not settings.quick else 1]:
             yield attention_case(settings, PEERS, length, MODES[1], kind=kind)
     for length in lengths[: 2 if settings.quick else None]:
         if length < longest:

@@ -1,11 +1,11 @@
 """What a suite is made of.
 
-A suite is a module of this folder, named in `__main__.SUITES`, with a function
+A suite is a module of this folder, listed in `__main__.SUITES`, with a function
 
     cases(settings: Settings) -> Iterable[Case]
 
 that yields its cases, the most important first. A case is one comparison: the fields of its rows, and per provider a function
-that builds the call to measure. A new suite needs no more than its module.
+that builds the call to measure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 # one row per provider of a case; times in ms, rates of this machine in GFLOP/s and GB/s
 FIELDS = (
     "op provider mode dtype B H L D R C ms_min ms_p50 ms_max peak_mib gflops share_of_matmul matmul_gflops "
-    "cpu cores torch triton commit suite regime input depth threads runs ms_p20 ms_p80 copy_gbs roofline device status reason"
+    "cpu cores torch triton commit suite regime input depth threads runs ms_p20 ms_p80 copy_gbs roofline device status reason "
+    "measure embed_dim drift"
 ).split()
 
 
@@ -53,12 +54,13 @@ class Case:
     """One comparison.
 
     Attributes:
-        row: fields of the rows, from `Settings.row`, plus any of mode, regime, input, depth.
+        row: fields of the rows, from `Settings.row`, plus any of mode, regime, input, depth, embed_dim.
         builds: provider -> a function without arguments that sets up and returns the call to measure, itself without
             arguments. It may raise: `AbsentError` or anything else becomes a row with its reason.
-        measure: "time"; "graph" (time of a replayed CUDA graph); or "memory" (extra peak of one call).
+        measure: "time"; "graph" (time of a replayed CUDA graph); "memory" (extra peak of one call); or "drift" (what it returns).
         threads: torch's threads for this case (0: leave them).
         flops, bytes: provider -> work of one call, for rates and the roofline.
+        result_bytes: of what a call of any provider leaves; its extra memory does not count them.
     """
 
     row: dict
@@ -67,6 +69,7 @@ class Case:
     threads: int = 0
     flops: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, float] = field(default_factory=dict)
+    result_bytes: int = 0
 
 
 def by_importance(lengths):

@@ -16,12 +16,25 @@ from cases import FIELDS
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
-KEY = "device cpu cores suite op provider mode dtype B H L D R C regime input depth".split()
+KEY = "device cpu cores suite op provider mode dtype B H L D R C regime input depth measure embed_dim".split()
 # rows without the newer fields are of one shape; SDPA picks flash for it
 OLD_NAMES = {"lsh_kernels": "lsh_kernels torch", "SDPA": "SDPA flash"}
-OLD_FIELDS = {"device": "cpu", "regime": "batch", "input": "gaussian", "depth": "1", "status": "ok", "suite": "attention"}
+OLD_FIELDS = {
+    "device": "cpu",
+    "regime": "batch",
+    "input": "gaussian",
+    "depth": "1",
+    "status": "ok",
+    "suite": "attention",
+    "measure": "time",
+}
 MODES = ("forward", "forward+backward")
+# lengths of the tables, where they were measured; the CSV has all
+SHOWN = (4096, 16384, 65536)
+# the most that is allowed: memory of the deepest over the shallowest, step over its twin's; memory and time over the plain MLP's
+DEPTH_BAR, STEP_BAR, MLP_MEMORY_BAR, MLP_TIME_BAR = 1.10, 1.40, 0.125, 1.35
 OURS = ("lsh_kernels triton", "lsh_kernels torch")
+SPEEDUP, DRIFT = "times as fast as the best SDPA", "max |x - recomputed x|"
 # told apart in black and white
 LINES = [
     {"color": grey, "linestyle": line, "marker": marker, "markerfacecolor": "white" if i % 2 else grey, "markersize": 5}
@@ -48,7 +61,9 @@ def main(argv=None) -> int:
     for machine in machines(rows):
         own = [row for row in rows if machine_of(row) == machine]
         pictures = draw(own, options.pictures)
-        text += [f"### {name_of(machine)}", "", *tables(own)]
+        commits = sorted({(row["torch"], row["triton"], row["commit"]) for row in own})
+        measured = "; ".join(f"torch {torch}, triton {triton}, commit {commit}" for torch, triton, commit in commits)
+        text += [f"### {name_of(machine)}", "", f"Measured with {measured}.", "", *tables(own)]
         for path in pictures:
             path = path.resolve()
             text += [
@@ -78,8 +93,9 @@ def load(path) -> list[dict]:
                 continue
             for row in reader:
                 row = dict.fromkeys(FIELDS, "") | row
+                if not row["suite"]:
+                    row["provider"] = OLD_NAMES.get(row["provider"], row["provider"])
                 row |= {name: row[name] or value for name, value in OLD_FIELDS.items()}
-                row["provider"] = OLD_NAMES.get(row["provider"], row["provider"])
                 row["stem"] = file.stem
                 key = tuple(row[name] for name in KEY)
                 # where the tables show it: at its last place
@@ -114,17 +130,21 @@ def origins(rows):
     return f"Rows run on a CPU: {cpus}. Rows run on a GPU: {gpus}. Rows modelled: none."
 
 
-def select(rows, value, **wanted):
-    """{provider: {L: number}} of the rows that ran and have these fields."""
+def select(rows, value, by="L", **wanted):
+    """{provider: {L, or another field: number}} of the rows that ran and have these fields."""
     found = {}
     for row in rows:
         if row["status"] == "ok" and row.get(value) and all(row[name] == want for name, want in wanted.items()):
-            found.setdefault(row["provider"], {})[int(row["L"])] = float(row[value])
-    return {provider: dict(sorted(by_length.items())) for provider, by_length in found.items()}
+            found.setdefault(row["provider"], {})[int(row[by])] = float(row[value])
+    return {provider: dict(sorted(points.items())) for provider, points in found.items()}
 
 
 def peaks_of(rows, mode):
     return select(rows, "peak_mib", op="attention", mode=mode, depth="1", regime="batch", input="gaussian")
+
+
+def is_exact(provider):
+    return provider.startswith("SDPA")
 
 
 def fastest(times, wanted):
@@ -162,7 +182,7 @@ def crossovers(rows):
         for regime in ("batch", "tokens"):
             for mode in sorted({row["mode"] for row in own}):
                 times = select(own, "ms_p50", suite="attention", op="attention", regime=regime, mode=mode, input="gaussian")
-                exact = fastest(times, lambda name: name.startswith("SDPA"))
+                exact = fastest(times, is_exact)
                 for name in OURS:
                     if name in times and exact:
                         words = crossover(times[name], exact)[1]
@@ -180,46 +200,42 @@ def number(value):
     return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def by_length(numbers):
-    lengths = sorted({length for found in numbers.values() for length in found})
-    return table(
-        [f"{length:,}" for length in lengths],
-        [[provider, *(number(found.get(length)) for length in lengths)] for provider, found in numbers.items()],
-    )
+def columns_of(numbers):
+    """Columns of the modes by the lengths to show, and a row per provider; `numbers` is {mode: {provider: {L: number}}}."""
+    lengths = sorted({length for found in numbers.values() for points in found.values() for length in points})
+    lengths = [length for length in lengths if length in SHOWN] or lengths[-1:]
+    shown = [(mode, length) for mode in numbers for length in lengths]
+    rows = [
+        [provider, *(number(numbers[mode].get(provider, {}).get(length)) for mode, length in shown)]
+        for provider in dict.fromkeys(provider for found in numbers.values() for provider in found)
+    ]
+    return table([f"{mode} {length:,}" for mode, length in shown], rows)
 
 
 def tables(rows):
     """The tables of one machine, those only that there are rows for."""
     text = []
-    for regime, words in (("batch", "fixed batch"), ("tokens", "fixed number of tokens"), ("one thread", "one thread")):
-        for mode in MODES + tuple(f"{mode} graph" for mode in MODES):
-            times = select(rows, "ms_p50", suite="attention", regime=regime, mode=mode, input="gaussian")
-            if times:
-                text += [f"{mode.replace(' graph', ' as a CUDA graph')}, {words}, ms by length:", "", *by_length(times)]
-    text += [line for crossing in crossovers(rows) for line in (f"- {crossing}",)]
-    text += [""] if text else []
-    for kind in ("clustered", "equal"):
-        times = select(rows, "ms_p50", suite="attention", regime="batch", mode=MODES[1], input=kind)
-        if times:
-            text += [f"{MODES[1]}, {kind} inputs, ms by length:", "", *by_length(times)]
-    for mode in MODES:
-        peaks = peaks_of(rows, mode)
-        if peaks:
-            text += [f"{mode}, extra peak MiB by length:", "", *by_length(peaks)]
-    depths = {}
-    for row in rows:
-        if row["suite"] == "memory" and row["status"] == "ok" and row["depth"] != "1":
-            depths.setdefault(row["provider"], {})[int(row["depth"])] = float(row["peak_mib"])
-    if depths:
-        (length,) = {row["L"] for row in rows if row["depth"] not in ("", "1")}
-        text += [f"{MODES[1]}, extra peak MiB at L = {int(length):,} by depth of the stack:", "", *by_length(depths)]
+    times = {
+        mode: select(rows, "ms_p50", suite="attention", regime="batch", mode=mode, input="gaussian")
+        for mode in MODES + tuple(f"{mode} graph" for mode in MODES)
+    }
+    times = {mode: found for mode, found in times.items() if found}
+    if times:
+        text += ["One attention call, ms by length (graph: as a CUDA graph):", "", *columns_of(times)]
+        text += [*(f"- {crossing}" for crossing in crossovers(rows)), ""]
+    peaks = {mode: found for mode in MODES if (found := peaks_of(rows, mode))}
+    if peaks:
+        text += ["Its extra peak memory, MiB by length:", "", *columns_of(peaks)]
     stages = [row for row in rows if row["suite"] == "stages" and row["status"] == "ok"]
     if stages:
+        longest = max(int(row["L"]) for row in stages)
         cells = [
-            [f"{row['op']}, {row['provider']}", row["L"], row["ms_p50"], row["roofline"] and f"{float(row['roofline']):.1%}"]
+            [f"{row['op']}, {row['provider']}", row["ms_p50"], row["roofline"] and f"{float(row['roofline']):.1%}"]
             for row in stages
+            if int(row["L"]) == longest
         ]
-        text += ["Stages:", "", *table(["L", "ms", "of the roofline"], cells)]
+        text += [f"Stages of the forward pass at L = {longest:,}:", "", *table(["ms", "of the roofline"], cells)]
+    text += reversible_tables(rows) + feedforward_tables(rows)
     reasons = {}
     for row in rows:
         if row["status"] in ("absent", "failed"):
@@ -229,8 +245,78 @@ def tables(rows):
         for (provider, status, reason), lengths in reasons.items():
             text.append(f"- {provider} ({status} at {', '.join(f'{length:,}' for length in sorted(lengths))}): {reason}")
         text.append("")
-    commits = sorted({(row["torch"], row["triton"], row["commit"]) for row in rows})
-    return text + ["Measured with " + "; ".join(f"torch {t}, triton {tr}, commit {c}" for t, tr, c in commits) + ".", ""]
+    return text
+
+
+def reversible_parts(rows):
+    """MiB by depth, ms by depth, drift by depth; each {provider: {depth: number}}."""
+    return [select(rows, value, by="depth", suite="reversible") for value in ("peak_mib", "ms_p50", "drift")]
+
+
+def reversible_tables(rows):
+    parts = reversible_parts(rows)
+    shown = [
+        (words, found, depth)
+        for words, found in zip(("MiB", "ms per step", "drift"), parts)
+        for depth in sorted({depth for points in found.values() for depth in points})
+    ]
+    if not shown:
+        return []
+    providers = dict.fromkeys(provider for found in parts for provider in found)
+    cells = [[name, *(number(found.get(name, {}).get(depth)) for _, found, depth in shown)] for name in providers]
+    own = [row for row in rows if row["suite"] == "reversible"]
+    length, drift_length, width = max(int(row["L"]) for row in own), min(int(row["L"]) for row in own), own[-1]["embed_dim"]
+    text = [
+        f"A training step by depth, embed_dim {width}, L = {length:,}: MiB beyond parameters, gradients, input, ms, and drift,",
+        f"the largest difference between a layer's input and that input recomputed (L = {drift_length:,}):",
+        "",
+    ]
+    text += table([f"{words}, depth {depth}" for words, _, depth in shown], cells)
+    memory, ms, _ = parts
+    for name in providers:
+        if name.startswith("lsh_kernels"):
+            by_depth = list(memory.get(name, {}).items())
+            if len(by_depth) > 1:
+                (low, least), (high, most) = by_depth[0], by_depth[-1]
+                text.append(f"- {name}: memory at depth {high} is {ratio(most, least, DEPTH_BAR)} that at depth {low}")
+            for depth, twin in ms.get("not reversible", {}).items():
+                if depth in ms.get(name, {}):
+                    text.append(f"- {name}: a step takes {ratio(ms[name][depth], twin, STEP_BAR)} its time not reversible")
+    return [*text, ""]
+
+
+def feedforward_tables(rows):
+    parts = {
+        (words, mode): {
+            name: found
+            for name, points in select(rows, value, suite="feedforward", mode=mode).items()
+            for found in points.values()
+        }
+        for words, value in (("MiB", "peak_mib"), ("ms", "ms_p50"))
+        for mode in MODES
+    }
+    parts = {key: found for key, found in parts.items() if found}
+    if not parts:
+        return []
+    tokens, width, chunk = next((int(r["L"]), r["embed_dim"], r["C"]) for r in rows if r["suite"] == "feedforward")
+    text = [
+        f"A feed-forward layer, {tokens:,} tokens, embed_dim {width}, chunks of {chunk}: MiB beyond inputs and results, and ms:",
+        "",
+    ]
+    names = dict.fromkeys(name for found in parts.values() for name in found)
+    text += table(
+        [f"{words}, {mode}" for words, mode in parts],
+        [[name, *(number(found.get(name)) for found in parts.values())] for name in names],
+    )
+    for words, what, bar in (("MiB", "memory", MLP_MEMORY_BAR), ("ms", "time", MLP_TIME_BAR)):
+        found = parts.get((words, MODES[1]), {})
+        if {"lsh_kernels", "plain MLP"} <= found.keys():
+            text.append(f"- {MODES[1]}: {what} is {ratio(found['lsh_kernels'], found['plain MLP'], bar)} the plain MLP's")
+    return [*text, ""]
+
+
+def ratio(ours, other, bar):
+    return f"{ours / other:.3f} times (bar: {bar:.3f})"
 
 
 def draw(rows, folder):
@@ -242,40 +328,58 @@ def draw(rows, folder):
 
     paths = []
 
-    def panels(numbers, ylabel, kind, mark=False):
-        numbers = {title: found for title, found in numbers.items() if found}
-        if not numbers:
-            return
-        figure = Figure((6 * len(numbers), 4.5), layout="constrained")
-        for axes, (title, found) in zip(figure.subplots(1, len(numbers), squeeze=False)[0], numbers.items()):
-            for i, (provider, points) in enumerate(found.items()):
-                axes.plot(list(points), list(points.values()), label=provider, **LINES[i % len(LINES)])
-            exact = fastest(found, lambda name: name.startswith("SDPA"))
-            length, words = crossover(fastest(found, lambda name: name in OURS), exact)
-            if mark and length:
-                axes.axvline(length, color="0.7", linewidth=1)
-                place = {"rotation": 90, "va": "top", "ha": "right", "transform": axes.get_xaxis_transform()}
-                axes.text(length, 0.98, f"crossover {words}", fontsize=8, **place)
-            if kind == "speedup":
-                axes.axhline(1, color="0.7", linewidth=1)
-            axes.set(xscale="log", yscale="log", xlabel="length", ylabel=ylabel, title=title)
-            axes.set_xscale("log", base=2)
-            axes.legend(fontsize=7)
-        save(figure, kind)
-
     def save(figure, kind):
         paths.append(folder / f"{rows[0]['stem']}_{kind}.png")
         figure.savefig(paths[-1], dpi=110)
 
+    def panels(kind, *lines):
+        """A picture of lines of panels: (title, {provider: {x: y}}, what y is, what x is), empty ones left out."""
+        lines = [there for line in lines if (there := [panel for panel in line if panel[1]])]
+        if not lines:
+            return
+        n_columns = max(map(len, lines))
+        figure = Figure((6 * n_columns, 4.5 * len(lines)), layout="constrained")
+        grid = figure.subplots(len(lines), n_columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, (title, found, ylabel, xlabel) in (pair for places, line in zip(grid, lines) for pair in zip(places, line)):
+            axes.set_axis_on()
+            for i, (provider, points) in enumerate(found.items()):
+                axes.plot(list(points), list(points.values()), label=provider, **LINES[i % len(LINES)])
+            axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+            if xlabel == "length":
+                axes.set_xscale("log", base=2)
+                axes.set_yscale("log")
+            if ylabel == "ms":
+                length, words = crossover(fastest(found, lambda name: name in OURS), fastest(found, is_exact))
+                if length:
+                    axes.axvline(length, color="0.7", linewidth=1)
+                    place = {"rotation": 90, "va": "top", "ha": "right", "transform": axes.get_xaxis_transform()}
+                    axes.text(length, 0.98, f"crossover {words}", fontsize=8, **place)
+            elif ylabel == SPEEDUP:
+                axes.axhline(1, color="0.7", linewidth=1)
+            elif ylabel == DRIFT:
+                # exact mode's zeros have a place
+                axes.set_yscale("symlog", linthresh=1e-8)
+            elif xlabel == "depth":
+                axes.set_ylim(bottom=0)
+            axes.legend(fontsize=7)
+        save(figure, kind)
+
     times = {mode: select(rows, "ms_p50", suite="attention", regime="batch", mode=mode, input="gaussian") for mode in MODES}
-    panels(times, "ms", "time", mark=True)
     speedups = {}
     for mode, found in times.items():
-        best = fastest(found, lambda name: name.startswith("SDPA"))
-        ratios = {p: {n: best[n] / ms for n, ms in points.items() if n in best} for p, points in found.items() if p[:4] != "SDPA"}
+        best = fastest(found, is_exact)
+        ratios = {p: {n: best[n] / ms for n, ms in points.items() if n in best} for p, points in found.items() if not is_exact(p)}
         speedups[mode] = {provider: points for provider, points in ratios.items() if points}
-    panels(speedups, "times as fast as the best SDPA", "speedup")
-    panels({mode: peaks_of(rows, mode) for mode in MODES}, "extra peak MiB", "memory")
+    panels(
+        "time",
+        [(mode, found, "ms", "length") for mode, found in times.items()],
+        [(mode, found, SPEEDUP, "length") for mode, found in speedups.items()],
+    )
+    panels("memory", [(mode, peaks_of(rows, mode), "extra peak MiB", "length") for mode in MODES])
+    memory, _, drift = reversible_parts(rows)
+    panels("reversible", [("memory of a step", memory, "extra peak MiB", "depth"), ("drift", drift, DRIFT, "depth")])
     bars = [row for row in rows if row["status"] == "ok" and row["roofline"]]
     longest = max((int(row["L"]) for row in bars), default=0)
     bars = {f"{row['op']} {row['provider']}": row for row in bars if int(row["L"]) == longest}

@@ -1,48 +1,32 @@
-"""Memory, step time and drift of reversible sequences beside their alternatives, as a CSV and docs/reversible.png.
+"""Suite: a training step of reversible sequences beside their alternatives: extra peak memory by depth, time, drift by depth.
 
-    python bench/reversible.py
-
-Every provider trains the same layers: pre-norm LSH attention (shared QK, causal) and a pre-norm feed-forward layer of 4 E, by
-SGD on one batch of L positions. Memory is that of one training step beyond parameters and gradients, in a process of its own:
-the high-water mark of its resident set over where a short step has left it. Times are of alternating runs. Drift is the
-largest difference between what a layer was given in forward and when it was recomputed, over all layers.
+Every provider trains the same layers, pre-norm LSH attention (shared QK, causal) and a pre-norm feed-forward layer of 4 E, with
+half of the attention suite's heads: E = 256 by default. Memory is that of one step beyond parameters, gradients, input and its
+gradient. Drift is the largest difference between what a layer was given in forward and when it was recomputed, over all layers.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import importlib.metadata
-import os
-import re
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import torch
+from cases import AbsentError, Case
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent))
-from timing import machine_name
 
 from lsh_kernels import LSHConfig, LSHSelfAttention, ReversibleBlock, ReversibleSequence
-from lsh_kernels.demo import machine
 
-B, E, D, R, C = 1, 256, 64, 4, 64
-FIELDS = ("op provider mode dtype B H L D R C depth ms_min ms_p50 ms_max peak_mib drift cpu cores torch triton commit").split()
+LENGTH, DRIFT_LENGTH = 4096, 512
+# most important first
+DEPTHS, QUICK_DEPTHS = (24, 2, 12), (12, 2)
+DRIFT_DEPTHS, QUICK_DRIFT_DEPTHS = (48, 24, 12, 6, 2), (12, 2)
 
 
-def layers(depth):
+def layers(row, depth):
     """`depth` pairs of attention and feed-forward layer."""
     torch.manual_seed(0)
-    config = LSHConfig(n_hashes=R, chunk_length=C)
+    E, config = row["embed_dim"], LSHConfig(n_hashes=row["R"], chunk_length=row["C"])
     return [
         (
-            nn.Sequential(nn.LayerNorm(E), LSHSelfAttention(E, E // D, config=config, causal=True)),
+            nn.Sequential(nn.LayerNorm(E), LSHSelfAttention(E, row["H"], config=config, causal=True)),
             nn.Sequential(nn.LayerNorm(E), nn.Linear(E, 4 * E), nn.GELU(), nn.Linear(4 * E, E)),
         )
         for _ in range(depth)
@@ -64,159 +48,97 @@ class Ordinary(nn.Module):
         return torch.cat(halves, -1)
 
 
-def add_both(f, g, x1, x2):
-    x1 = x1 + f(x2)
-    return x1, x2 + g(x1)
+def add_both(f, g, left, right):
+    left = left + f(right)
+    return left, right + g(left)
+
+
+def reversible(pairs, exact=False):
+    return ReversibleSequence([ReversibleBlock(*pair) for pair in pairs], exact=exact)
 
 
 def reformer_pytorch(pairs):
-    from reformer_pytorch.reversible import ReversibleSequence
-
+    try:
+        from reformer_pytorch.reversible import ReversibleSequence
+    except ImportError as error:
+        raise AbsentError(f"reformer-pytorch: {error}") from error
     return ReversibleSequence(nn.ModuleList(nn.ModuleList(pair) for pair in pairs))
 
 
-PROVIDERS = {
-    "lsh_kernels": lambda pairs: ReversibleSequence([ReversibleBlock(*pair) for pair in pairs]),
-    "lsh_kernels exact": lambda pairs: ReversibleSequence([ReversibleBlock(*pair) for pair in pairs], exact=True),
-    "not reversible": Ordinary,
-    "torch.utils.checkpoint": lambda pairs: Ordinary(pairs, checkpointed=True),
+RECOMPUTING = {
+    "lsh_kernels float": reversible,
+    "lsh_kernels exact": lambda pairs: reversible(pairs, exact=True),
     "reformer-pytorch": reformer_pytorch,
 }
-RECOMPUTE_INPUTS = ("lsh_kernels", "lsh_kernels exact", "reformer-pytorch")
+PROVIDERS = {
+    **RECOMPUTING, "not reversible": Ordinary, "torch.utils.checkpoint": lambda pairs: Ordinary(pairs, checkpointed=True),
+}  # fmt: skip
 
 
-def step(model, x):
-    model(x).square().mean().backward()
+def cases(settings):
+    heads = max(1, settings.heads // 2)
+    longest = max(settings.lengths)
+
+    def case(measure, build, providers, depth, length):
+        row = settings.row("reversible", min(length, longest)) | {
+            "H": heads, "embed_dim": heads * settings.head_dim, "mode": "forward+backward", "input": "gaussian", "depth": depth,
+        }  # fmt: skip
+        return Case(row, {name: build(wrap, row, settings) for name, wrap in providers.items()}, measure)
+
+    length = LENGTH // 4 if settings.quick else LENGTH
+    depths, drift_depths = (QUICK_DEPTHS, QUICK_DRIFT_DEPTHS) if settings.quick else (DEPTHS, DRIFT_DEPTHS)
+    for depth in depths:
+        yield case("memory", step_build, PROVIDERS, depth, length)
+    yield case("time", step_build, PROVIDERS, 2 if settings.quick else 12, length)
+    for depth in drift_depths:
+        yield case("drift", drift_build, RECOMPUTING, depth, DRIFT_LENGTH)
 
 
-def new_model(provider, depth):
-    model = PROVIDERS[provider](layers(depth))
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    return model
-
-
-def new_input(length):
+def new_input(row, settings):
     """x [B, L, 2E], with a gradient as what comes from an embedding has (reformer-pytorch gives parameters none without)."""
-    torch.manual_seed(1)
-    x = torch.randn(B, length, 2 * E, requires_grad=True)
-    x.grad = torch.zeros_like(x)
-    return x
+    generator = torch.Generator(settings.device).manual_seed(1)
+    size = (row["B"], row["L"], 2 * row["embed_dim"])
+    x = torch.randn(size, generator=generator, device=settings.device).to(settings.dtype)
+    return x.requires_grad_()
 
 
-def drift(provider, depth, length):
-    """max |x - recomputed x| over the inputs of all layers."""
-    pairs = layers(depth)
-    first, worst = {}, [0.0]
+def step_build(wrap, row, settings):
+    """A step on a model whose gradients, and those of its input, are there already."""
 
-    def compare(layer, args):
-        x = args[0].detach()
-        if layer in first:
-            worst.append((x - first.pop(layer)).abs().max().item())
-        else:
-            first[layer] = x.clone()
+    def build():
+        model = wrap(layers(row, row["depth"])).to(settings.device, settings.dtype)
+        x = new_input(row, settings)
+        for leaf in (x, *model.parameters()):
+            leaf.grad = torch.zeros_like(leaf)
+        return lambda: model(x).square().mean().backward()
 
-    for pair in pairs:
-        for layer in pair:
+    return build
+
+
+def drift_build(wrap, row, settings):
+    """The call returns max |x - recomputed x| over the inputs of all layers."""
+
+    def build():
+        pairs = layers(row, row["depth"])
+        model, x = wrap(pairs).to(settings.device, settings.dtype), new_input(row, settings)
+        first, differences = {}, []
+
+        def compare(layer, args):
+            given = args[0].detach()
+            if layer in first:
+                differences.append((given - first.pop(layer)).abs().max())
+            else:
+                first[layer] = given.clone()
+
+        for layer in (layer for pair in pairs for layer in pair):
             layer.register_forward_pre_hook(compare)
-    step(PROVIDERS[provider](pairs), new_input(length))
-    return max(worst)
 
+        def call():
+            model(x).square().mean().backward()
+            if len(differences) != 2 * row["depth"]:
+                raise RuntimeError(f"{len(differences)} of {2 * row['depth']} layers were recomputed")
+            return torch.stack(differences).max().item()
 
-def peak_mib(provider, depth, length):
-    command = [sys.executable, __file__, "--peak", provider, str(depth), str(length)]
-    # glibc then gives back what is freed, so that the resident set is what is in use
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
+        return call
 
-
-def print_peak(provider, depth, length):
-    def peak():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
-    model = new_model(provider, depth)
-    step(model, new_input(256))
-    x, before = new_input(length), peak()
-    step(model, x)
-    print(peak() - before)
-
-
-def step_seconds(providers, depth, length, rounds):
-    """{provider: sorted seconds per step}, alternating; the first round warms up."""
-    models, x = {provider: new_model(provider, depth) for provider in providers}, new_input(length)
-    times = {provider: [] for provider in providers}
-    for _ in tqdm(range(rounds + 1), desc=f"step time at depth {depth}"):
-        for provider, model in models.items():
-            start = time.perf_counter()
-            step(model, x)
-            times[provider].append(time.perf_counter() - start)
-    return {provider: sorted(seconds[1:]) for provider, seconds in times.items()}
-
-
-def draw(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, column in ((left, "peak_mib"), (right, "drift")):
-        for i, provider in enumerate(dict.fromkeys(row["provider"] for row in rows)):
-            points = sorted((row["depth"], float(row[column])) for row in rows if row["provider"] == provider and row.get(column))
-            if points:
-                # ours and reformer-pytorch may lie on one another
-                axes.plot(*zip(*points), marker="o", color=f"C{i}", linestyle=("-", "--")[i % 2], label=provider)
-        axes.set_xlabel("depth (blocks)")
-        axes.legend()
-    left.set_ylabel("MiB beyond parameters and gradients")
-    left.set_ylim(bottom=0)
-    right.set_ylabel("max |x - recomputed x|")
-    right.set_yscale("symlog", linthresh=1e-8)
-    figure.savefig(path, dpi=120)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--depths", type=int, nargs="+", default=[2, 6, 12, 24], help="of the memory")
-    parser.add_argument("--drift-depths", type=int, nargs="+", default=[2, 6, 12, 24, 48])
-    parser.add_argument("--drift-length", type=int, default=512)
-    parser.add_argument("--time-depth", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="a CSV file (default: bench/results/reversible_<machine>.csv)")
-    parser.add_argument("--plot", type=Path, default=Path(__file__).parents[1] / "docs" / "reversible.png")
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak:
-        return print_peak(options.peak[0], *map(int, options.peak[1:]))
-    facts = machine()
-    shared = {
-        "op": "reversible", "dtype": "float32", "B": B, "H": E // D, "D": D, "R": R, "C": C, "cpu": facts["cpu"],
-        "cores": facts["cores"], "torch": facts["torch"], "triton": importlib.metadata.version("triton"),
-        "commit": facts["commit"],
-    }  # fmt: skip
-    rows = []
-
-    def add(provider, mode, depth, length, **measured):
-        rows.append({**shared, "provider": provider, "mode": mode, "depth": depth, "L": length, **measured})
-        tqdm.write(f"{provider:24} {mode:8} depth {depth:3}  {'  '.join(f'{k} {v}' for k, v in measured.items())}")
-
-    for provider, seconds in step_seconds(PROVIDERS, options.time_depth, options.length, options.rounds).items():
-        low, middle, high = (f"{s * 1e3:.0f}" for s in (seconds[0], statistics.median(seconds), seconds[-1]))
-        add(provider, "time", options.time_depth, options.length, ms_min=low, ms_p50=middle, ms_max=high)
-    for provider, depth in tqdm([(p, d) for p in PROVIDERS for d in options.depths], desc="memory"):
-        add(provider, "memory", depth, options.length, peak_mib=f"{peak_mib(provider, depth, options.length):.1f}")
-    for provider, depth in tqdm([(p, d) for p in RECOMPUTE_INPUTS for d in options.drift_depths], desc="drift"):
-        found = drift(provider, depth, options.drift_length)
-        add(provider, "drift", depth, options.drift_length, drift=f"{found:.3e}" if found else "0")
-    out = options.out or Path(__file__).parent / "results" / f"reversible_{machine_name()}.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(rows, options.plot)
-
-
-if __name__ == "__main__":
-    main()
+    return build

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import os
 import platform
 import re
 import statistics
@@ -15,12 +16,11 @@ import subprocess
 import sys
 import time
 from functools import cache
-from pathlib import Path
 
 import torch
 from cases import AbsentError
 
-from lsh_kernels.demo import machine
+from lsh_kernels.demo import machine, peak, start_of_peak
 from lsh_kernels.functional import triton_problem
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
@@ -46,8 +46,8 @@ def measure(case, settings, budget, emit, seconds, child):
 
     Args:
         budget: a `Budget`, checked between calls.
-        emit: takes a dict of status, reason, and either ms_min, ms_p20, ms_p50, ms_p80, ms_max, runs or peak_mib.
-        seconds: what the rounds of one case should take, between `MIN_ROUNDS` and `MAX_ROUNDS` of them.
+        emit: takes a dict of status, reason, and either ms_min, ms_p20, ms_p50, ms_p80, ms_max, runs, or peak_mib, or drift.
+        seconds: what the rounds of one case should take, between `MIN_ROUNDS` and `MAX_ROUNDS` of them; 0: one.
         child: command of a process that prints the peak of one provider of this case, for measure="memory" on a CPU.
 
     Raises:
@@ -57,7 +57,9 @@ def measure(case, settings, budget, emit, seconds, child):
     torch.set_num_threads(case.threads or threads)
     try:
         if case.measure == "memory":
-            _each(case, budget, emit, lambda name: {"peak_mib": _peak(case, settings, child, name)})
+            _each(case, budget, emit, lambda name: {"peak_mib": _peak(case, settings, child, name) - case.result_bytes / 2**20})
+        elif case.measure == "drift":
+            _each(case, budget, emit, lambda name: {"drift": case.builds[name]()()})
         elif settings.device.type == "cuda":
             _each(case, budget, emit, lambda name: _time_on_gpu(case, name))
         else:
@@ -100,7 +102,8 @@ def _alternate(case, budget, emit, seconds):
             except Exception as error:
                 failures[name] = error
                 calls.pop(name, None)
-        n_rounds = min(max(int(seconds / (time.perf_counter() - start)), MIN_ROUNDS), MAX_ROUNDS)
+        fewest = MIN_ROUNDS if seconds else 1
+        n_rounds = min(max(int(seconds / (time.perf_counter() - start)), fewest), MAX_ROUNDS)
         for _ in range(n_rounds):
             for name, call in list(calls.items()):
                 budget.check()
@@ -184,7 +187,9 @@ def _peak(case, settings, child, name):
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     # what can't be set up needs no process
     case.builds[name]()
-    done = subprocess.run([sys.executable, *child, name], capture_output=True, text=True)
+    # glibc then gives back what is freed, so that the resident set is what is in use
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, *child, name], capture_output=True, text=True, env=env)
     if done.returncode < 0:
         raise MemoryError(f"the process was ended by signal {-done.returncode}")
     if done.returncode:
@@ -195,17 +200,12 @@ def _peak(case, settings, child, name):
 
 
 def own_peak_mib(case, warm_case, name):
-    """Extra peak of this process in one call of `case`, above its peak after one of the short `warm_case`."""
+    """Extra peak of this process in one call of `case`, after one of the short `warm_case`."""
     warm_case.builds[name]()()
     call = case.builds[name]()
-    before = _resident_peak()
+    resting = start_of_peak()
     call()
-    return (_resident_peak() - before) / 2**20
-
-
-def _resident_peak():
-    """Bytes (Linux)."""
-    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return (peak() - resting) / 2**20
 
 
 @cache

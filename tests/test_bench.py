@@ -15,8 +15,11 @@ BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
 import attention as attention_suite  # noqa: E402
+import feedforward  # noqa: E402
+import memory  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
+import reversible  # noqa: E402
 import stages  # noqa: E402
 from cases import FIELDS, AbsentError, Case, Settings  # noqa: E402
 from timing import Budget, BudgetSpentError, measure  # noqa: E402
@@ -67,7 +70,7 @@ def test_bench_rows_have_all_fields(tmp_path, capsys):
     status, rows = run(out, "--suite", "attention", "--quick", "--commit", "abc", "--providers", *providers)
     assert status == 0 and list(rows[0]) == FIELDS
     assert {row["provider"] for row in rows} == set(providers)
-    assert {row["regime"] for row in rows} == {"batch", "tokens", "one thread"}
+    assert {row["regime"] for row in rows} == {"batch", "tokens"}
     assert {row["input"] for row in rows} == {"gaussian", "clustered", "equal"}
     assert {(row["B"], row["L"]) for row in rows if row["regime"] == "tokens"} == {("2", "32")}
     for row in rows:
@@ -153,17 +156,76 @@ def test_bench_command_refuses_what_is_not_there(tmp_path, capsys):
     assert "no such peer" in said and "SDPA flash" in said and not (tmp_path / "x.csv").exists()
 
 
-def test_bench_suites_are_the_modules_that_exist():
-    assert bench.SUITES[0] == "attention" and all((BENCH / f"{name}.py").exists() for name in bench.SUITES)
+def test_bench_suites_are_modules_with_cases(capsys):
+    assert bench.SUITES[0] == "attention"
+    for suite in bench.SUITES:
+        assert list(importlib.import_module(suite).cases(SETTINGS))
+    with pytest.raises(SystemExit):
+        bench.main(["--suite", "decode"])
+    said = capsys.readouterr().err
+    assert all(suite in said for suite in bench.SUITES)
 
 
 def test_bench_memory_is_of_a_process_of_its_own(tmp_path):
-    options = "--suite memory --quick --lengths 1024 --providers".split()
-    _, rows = run(tmp_path / "rows.csv", *options, "SDPA math")
-    peak = {(row["provider"], row["depth"]): row for row in rows}
+    _, rows = run(tmp_path / "rows.csv", *"--suite memory --quick --lengths 1024 --providers".split(), "SDPA math")
     # two heads: scores, weights and their gradients are 8 MiB each
-    assert 16 < float(peak["SDPA math", "1"]["peak_mib"]) < 64
-    assert float(peak["SDPA math", "2"]["peak_mib"]) > float(peak["SDPA math", "1"]["peak_mib"])
+    assert len(rows) == 1 and 16 < float(rows[0]["peak_mib"]) < 64
+
+
+def test_bench_attention_goes_by_regime_and_input():
+    found = [(case.row["regime"], case.row["input"], case.row["B"], case.row["L"]) for case in attention_suite.cases(SETTINGS)]
+    assert found[::2] == [
+        ("batch", "gaussian", 1, 64), ("batch", "gaussian", 1, 32), ("one thread", "gaussian", 1, 64),
+        ("batch", "gaussian", 1, 128), ("batch", "clustered", 1, 64), ("tokens", "gaussian", 2, 32),
+    ]  # fmt: skip
+    assert found[9] == ("batch", "equal", 1, 64)
+
+
+def test_bench_memory_goes_by_length_and_by_depth():
+    found = [(case.row["L"], case.row["depth"], case.row["mode"]) for case in memory.cases(SETTINGS)]
+    assert found == [
+        (64, 1, "forward"), (64, 1, "forward+backward"), (32, 1, "forward"), (32, 1, "forward+backward"),
+        (32, 2, "forward+backward"), (32, 4, "forward+backward"), (32, 8, "forward+backward"),
+    ]  # fmt: skip
+
+
+def test_bench_reversible_providers_train_alike():
+    """Same layers, same output, same gradients, but for what exact mode's grid rounds; drift is there in float mode only."""
+    cases = list(reversible.cases(replace(SETTINGS, quick=True)))
+    (case,) = (case for case in cases if case.measure == "time")
+    gradients = {}
+    for name, wrap in reversible.PROVIDERS.items():
+        model, x = wrap(reversible.layers(case.row, 2)), reversible.new_input(case.row, SETTINGS)
+        torch.manual_seed(5)
+        model(x).square().mean().backward()
+        gradients[name] = [leaf.grad for leaf in (x, *model.parameters())]
+    wanted = gradients.pop("not reversible")
+    for name, found in gradients.items():
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-3 if name == "lsh_kernels exact" else 1e-5, msg=name)
+    deepest = next(case for case in cases if case.measure == "drift")
+    drift = {name: build()() for name, build in deepest.builds.items()}
+    assert drift["lsh_kernels exact"] == 0 and 0 < drift["lsh_kernels float"] < 1e-4 and 0 < drift["reformer-pytorch"] < 1e-4
+
+
+def test_bench_feedforward_rows_have_numbers(tmp_path):
+    """1,024 tokens of width 64 in chunks of 32: the plain MLP keeps 1 MiB before and 1 MiB after its activation."""
+    options = "--suite feedforward --quick --lengths 1024 --heads 2 --head-dim 64 --providers".split()
+    _, rows = run(tmp_path / "rows.csv", *options, "plain MLP", "lsh_kernels")
+    found = {(row["measure"], row["provider"]): row for row in rows}
+    assert all((row["status"], row["L"], row["C"], row["embed_dim"]) == ("ok", "1024", "32", "64") for row in rows)
+    assert 2 < float(found["memory", "plain MLP"]["peak_mib"]) < 8
+    assert float(found["memory", "lsh_kernels"]["peak_mib"]) < 1
+    assert float(found["time", "lsh_kernels"]["ms_p50"]) > 0 and float(found["time", "plain MLP"]["gflops"]) > 0
+
+
+def test_bench_feedforward_results_do_not_count():
+    """By hand, and what a call of each provider leaves."""
+    tokens, E, ff = 64, 16, 64
+    assert feedforward.result_bytes(tokens, E, "forward", 4) == 4 * tokens * E
+    assert feedforward.result_bytes(tokens, E, "forward+backward", 4) == 4 * (2 * tokens * E + 2 * E * ff + E + ff)
+    for make in feedforward.PROVIDERS.values():
+        assert sum(p.numel() for p in make(E, 2).parameters()) == 2 * E * ff + E + ff
 
 
 def shape_of(length, **changes):
@@ -299,7 +361,7 @@ def rows_csv(path, rows):
 
 
 def sample_rows(**fields):
-    """Two lengths of ours and of SDPA, crossing at 2,048, a failure, memory and a stage."""
+    """Two lengths of ours and of SDPA, crossing at 2,048, a failure, memory, a stage, reversible and feed-forward layers."""
     common = dict.fromkeys(FIELDS, "") | {
         "suite": "attention", "op": "attention", "mode": "forward", "device": "cpu", "cpu": "Some CPU", "cores": "2",
         "regime": "batch", "input": "gaussian", "depth": "1", "status": "ok", "torch": "2", "triton": "3", "commit": "abc",
@@ -313,6 +375,20 @@ def sample_rows(**fields):
         {**common, "provider": "SDPA cuDNN", "L": 1024, "status": "absent", "reason": "not a backend of the CPU"},
         {**common, "provider": "SDPA math", "L": 1024, "suite": "memory", "peak_mib": 77.5},
         {**common, "provider": "torch.sort int16", "op": "sort", "suite": "stages", "L": 1024, "ms_p50": 3, "roofline": 0.25},
+        *(
+            {**common, "op": suite, "suite": suite, "mode": "forward+backward", "L": 1024, "C": 32, "embed_dim": 64} | row
+            for suite, row in (
+                ("reversible", {"provider": "lsh_kernels exact", "measure": "memory", "depth": 2, "peak_mib": 10}),
+                ("reversible", {"provider": "lsh_kernels exact", "measure": "memory", "depth": 24, "peak_mib": 12}),
+                ("reversible", {"provider": "lsh_kernels exact", "measure": "time", "depth": 24, "ms_p50": 13}),
+                ("reversible", {"provider": "lsh_kernels exact", "measure": "drift", "depth": 24, "drift": 0}),
+                ("reversible", {"provider": "not reversible", "measure": "time", "depth": 24, "ms_p50": 10}),
+                ("feedforward", {"provider": "plain MLP", "measure": "memory", "peak_mib": 100}),
+                ("feedforward", {"provider": "lsh_kernels", "measure": "memory", "peak_mib": 5}),
+                ("feedforward", {"provider": "plain MLP", "measure": "time", "ms_p50": 2}),
+                ("feedforward", {"provider": "lsh_kernels", "measure": "time", "ms_p50": 3}),
+            )
+        ),
     ]
 
 
@@ -331,13 +407,18 @@ def test_bench_report_writes_between_its_markers(tmp_path):
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     text = written_report(tmp_path)
     assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n") and "\nold\n" not in text
-    assert "Rows run on a CPU: 6 on 2 cores of Some CPU. Rows run on a GPU: 1 on Some GPU. Rows modelled: none." in text
+    assert "Rows run on a CPU: 15 on 2 cores of Some CPU. Rows run on a GPU: 1 on Some GPU. Rows modelled: none." in text
     assert text.index("### Some GPU") < text.index("### 2 cores of Some CPU")
-    assert "| lsh_kernels torch | 2 | 8 |" in text and "| SDPA math | 77.5 |" in text
-    assert "| sort, torch.sort int16 | 1024 | 3 | 25.0% |" in text
+    assert "| lsh_kernels torch | 8 |" in text and "| SDPA math | 77.5 |" in text
+    assert "| sort, torch.sort int16 | 3 | 25.0% |" in text
+    assert "memory at depth 24 is 1.200 times (bar: 1.100) that at depth 2" in text
+    assert "a step takes 1.300 times (bar: 1.400) its time not reversible" in text
+    assert "| lsh_kernels exact | 10 | 12 | 13 | 0 |" in text and "| not reversible | – | – | 10 | – |" in text
+    assert "memory is 0.050 times (bar: 0.125) the plain MLP's" in text
+    assert "time is 1.500 times (bar: 1.350) the plain MLP's" in text
     assert "the best exact attention from L = 2,048" in text
     assert "- SDPA cuDNN (absent at 1,024): not a backend of the CPU" in text
-    kinds = {f"box_{kind}.png" for kind in ("time", "speedup", "memory", "roofline")} | {"gpu_time.png"}
+    kinds = {f"box_{kind}.png" for kind in ("time", "memory", "roofline", "reversible")} | {"gpu_time.png"}
     assert {path.name for path in (tmp_path / "docs").iterdir()} == kinds
     assert all(f"](docs/{name})" in text for name in kinds)
 
@@ -377,24 +458,44 @@ def rehearse(out, *options):
     return done.returncode, done.stdout
 
 
-def test_bench_gpu_rehearsal_leaves_every_file(tmp_path):
-    providers = ["--providers", "lsh_kernels triton", "SDPA flash"]
-    status, said = rehearse(tmp_path, *providers, "--lengths", "64", "--tests", "tests/test_bench.py", "-k", "crossover")
+REHEARSED = ["lsh_kernels triton", "SDPA flash", "lsh_kernels exact", "plain MLP"]
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """(folder, what was said, rows) of a rehearsal of all suites, with a few providers at one length."""
+    out = tmp_path_factory.mktemp("rehearsal")
+    tests = ["--tests", "tests/test_readme.py", "-k", "has_snippets"]
+    status, said = rehearse(out, "--providers", *REHEARSED, "--lengths", "64", *tests)
     assert status == 0, said
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "bench.log", "rehearsal.csv", "rehearsal_memory.png", "rehearsal_roofline.png", "rehearsal_speedup.png",
+    with (out / "rehearsal.csv").open(newline="") as file:
+        return out, said, list(csv.DictReader(file))
+
+
+def test_bench_gpu_rehearsal_leaves_every_file(rehearsal):
+    out, said, rows = rehearsal
+    assert sorted(path.name for path in out.iterdir()) == [
+        "bench.log", "rehearsal.csv", "rehearsal_memory.png", "rehearsal_reversible.png", "rehearsal_roofline.png",
         "rehearsal_time.png", "report.md", "tests.log",
     ]  # fmt: skip
-    with (tmp_path / "rehearsal.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["suite"] for row in rows} >= {"attention", "stages", "memory"}
+    assert {row["suite"] for row in rows} == set(bench.SUITES)
     assert {row["device"] for row in rows} == {"cpu, interpreted Triton"}
-    assert {row["provider"] for row in rows if row["status"] == "ok"} == {"lsh_kernels triton", "SDPA flash"}
-    text = (tmp_path / "report.md").read_text()
+    assert {row["provider"] for row in rows if row["status"] == "ok"} == set(REHEARSED)
+    text = (out / "report.md").read_text()
     assert "Rows run on a GPU: none" in text and "](rehearsal_time.png)" in text
-    assert "no number here is one of a GPU" in (tmp_path / "bench.log").read_text() and "\r" not in said
-    status, said = rehearse(tmp_path)
+    assert "no number here is one of a GPU" in (out / "bench.log").read_text() and "\r" not in said
+    status, said = rehearse(out)
     assert status == 2 and "is not empty" in said
+
+
+def test_bench_reversible_rows_have_numbers(rehearsal):
+    rows = [row for row in rehearsal[2] if row["suite"] == "reversible"]
+    assert [(row["measure"], row["depth"]) for row in rows] == [
+        ("memory", "12"), ("memory", "2"), ("time", "2"), ("drift", "12"), ("drift", "2"),
+    ]  # fmt: skip
+    assert all((row["status"], row["op"], row["embed_dim"]) == ("ok", "reversible", "16") for row in rows)
+    assert float(rows[0]["peak_mib"]) > 0 and float(rows[1]["peak_mib"]) > 0 and float(rows[2]["ms_p50"]) > 0
+    assert [row["drift"] for row in rows[3:]] == ["0", "0"]
 
 
 def test_bench_gpu_stops_when_a_test_fails(tmp_path):
