@@ -75,6 +75,16 @@ def test_residual_add_of_float64_has_a_finer_grid():
     assert (back[3:] == 0).all() and torch.equal(checksum, again)
 
 
+@pytest.mark.parametrize("place", [0, 1, 1023, 1024, 2999])
+def test_residual_checksum_sees_one_step_anywhere(place, device):
+    stream, addend = torch.zeros(3000, dtype=torch.int32, device=device), torch.randn(3000, device=device)
+    changed = addend.clone()
+    changed[place] += 2.0**-16
+    for residual_add in both(device):
+        checksum, other = (residual_add(stream, a, torch.float32, False)[2] for a in (addend, changed))
+        assert checksum != other
+
+
 def test_residual_checksum_sees_steps_moved_and_exchanged(device):
     stream, addend = torch.zeros(3000, dtype=torch.int32, device=device), torch.randn(3000, device=device)
     moved, exchanged = addend.clone(), addend.clone()
