@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lsh_kernels import LSHConfig, LSHSelfAttention, ReversibleBlock, ReversibleSequence, lsh_attention
+from lsh_kernels import ChunkedFeedForward, LSHConfig, LSHSelfAttention, ReversibleBlock, ReversibleSequence, lsh_attention
 
 E, L = 16, 40
 CONFIG = LSHConfig(chunk_length=8, n_hashes=2)
@@ -325,6 +325,24 @@ def test_reversible_no_grad_mode():
         with mode():
             y = sequence(x)
         assert not y.requires_grad and torch.equal(y, ordinary(sequence, x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("exact", [False, True])
+def test_reversible_recomputes_in_the_mode_of_forward(exact, training):
+    """Ordinary code may be switched to eval or training mode between forward and backward; dropout of each kind."""
+    layers = [ReversibleBlock(Attention(0.2), ChunkedFeedForward(E, 2 * E, chunk=8, dropout=0.3)) for _ in range(2)]
+    sequence, x = ReversibleSequence(layers, exact).double(), random_x()
+    grads = []
+    for switch in (False, True):
+        sequence.train(training)
+        torch.manual_seed(1)
+        loss = loss_of(sequence(x))
+        if switch:
+            sequence.train(not training)
+        grads.append(torch.autograd.grad(loss, (x, *sequence.parameters())))
+        assert all(module.training == (training != switch) for module in sequence.modules())
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_reversible_batch_norm_counts_a_batch_once():
