@@ -448,6 +448,10 @@ def test_reversible_notices_what_has_changed_since_forward():
         pair[0].add_(1)
     with pytest.raises(RuntimeError, match="an output of a reversible block has been changed in place"):
         pair[1].sum().backward()
+    weights = {name: 2 * p.detach().requires_grad_() for name, p in sequence.named_parameters()}
+    loss = loss_of(torch.func.functional_call(sequence, weights, (x,)))
+    with pytest.raises(RuntimeError, match="a parameter or argument of Sequential has been changed since forward"):
+        loss.backward()
     fickle = Fickle()
     loss = loss_of(ReversibleSequence([ReversibleBlock(fickle, nn.Identity())])(x))
     fickle.layers = 2

@@ -288,6 +288,10 @@ def _version(tensor):
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _is_plain(tensor):
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
 class _Tape:
     """The steps `(a, b) -> (b, a + h(b))` of a forward pass, and the streams (a, b) at one place between them.
 
@@ -457,8 +461,8 @@ class _Step:
         """What the layer returned; the tensors that it saves for backward, with their versions, are added to `saved`."""
         constants = list(self._constants())
         if len(constants) != len(self.constants) or any(
-            # fully_shard has a sharded parameter, of another type, in the place of the whole one
-            type(now) is type(tensor) and (now is not tensor or _version(now) != version)
+            # fully_shard has a sharded parameter, a DTensor, in the place of the whole one
+            _is_plain(now) and _is_plain(tensor) and (now is not tensor or _version(now) != version)
             for now, (tensor, version) in zip(constants, self.constants)
         ):
             raise RuntimeError(f"a parameter or argument of {type(self.module).__name__} has been changed since forward")
