@@ -567,6 +567,17 @@ def test_reversible_exact_recomputes_inputs_to_the_bit(depth, dtype):
     assert all(g.isfinite().all() for g in grads)
 
 
+def test_reversible_recomputes_from_the_same_strides():
+    """Operators may choose their way by those of dimensions of size 1, too, where contiguous tensors differ."""
+    for exact in (False, True):
+        layers = [layer for block in blocks(2) for layer in (block.f, block.g)]
+        sequence, seen = ReversibleSequence(map(ReversibleBlock, layers[::2], layers[1::2]), exact), [[] for _ in layers]
+        for layer, strides in zip(layers, seen):
+            layer.register_forward_pre_hook(lambda _, args, strides=strides: strides.append(args[0].stride()))
+        loss_of(sequence(torch.randn(L, 1, 2 * E).transpose(0, 1).requires_grad_())).backward()
+        assert all(len(strides) == 2 and strides[0] == strides[1] for strides in seen)
+
+
 def test_reversible_floats_drift_where_the_grid_does_not():
     sequence, x = ReversibleSequence(blocks(12)), random_x(dtype=torch.float32)
     seen = inputs_of_layers(sequence)
@@ -624,15 +635,17 @@ def test_reversible_exact_poisons_what_leaves_the_range(value):
     assert sequence.blocks[0].g.linear.weight.grad.isnan().all()
 
 
+class Wavering(nn.Linear):
+    """Returns something else when it is run again: a few grid steps in one element of each row."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) + (torch.arange(E) == 3) * 5e-5 * (self.calls == 2)
+
+
 def test_reversible_exact_poisons_gradients_if_a_layer_does_not_repeat_itself():
-    class Wavering(nn.Linear):
-        calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            # a few grid steps in one element
-            return super().forward(x) + (torch.arange(E) == 3) * 5e-5 * (self.calls == 2)
-
     for place in range(3):
         layers = [ReversibleBlock(nn.Linear(E, E), nn.Linear(E, E)) for _ in range(3)]
         layers[place].f = Wavering(E, E)
@@ -640,6 +653,21 @@ def test_reversible_exact_poisons_gradients_if_a_layer_does_not_repeat_itself():
         ReversibleSequence(layers, exact=True)(x).sum().backward()
         assert x.grad.isnan().any()
         assert layers[place].f.weight.grad.isnan().any() and layers[place].g.weight.grad.isfinite().all()
+
+
+def test_reversible_exact_poisons_gradients_of_layers_that_repeat_themselves_on_a_wrong_input():
+    """Weights of zero return the same for any input, but their gradient does not; no NaN comes to them from other gradients."""
+
+    class Apart(Wavering):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    layers = [ReversibleBlock(nn.Linear(E, E), nn.Linear(E, E)), ReversibleBlock(Apart(E, E), nn.Linear(E, E))]
+    for layer in (layers[0].f, layers[0].g):
+        nn.init.zeros_(layer.weight)
+    ReversibleSequence(layers, exact=True)(random_x(dtype=torch.float32)).sum().backward()
+    assert all(layer.weight.grad.isnan().any() for layer in (layers[1].f, layers[0].g, layers[0].f))
+    assert layers[1].g.weight.grad.isfinite().all()
 
 
 def test_reversible_frees_everything_without_the_garbage_collector():
