@@ -246,6 +246,26 @@ def test_reversible_follows_a_hook_that_changes_what_goes_between_blocks():
     assert all((a - b).abs().max() < 1e-10 * max(1, b.abs().max()) for a, b in zip(got, want, strict=True))
 
 
+def test_reversible_follows_a_hook_that_changes_a_stream_in_place():
+    """In exact mode, where backward needs the grid alone; floats are gone, and that is noticed."""
+    sequence, x = ReversibleSequence(blocks(3), exact=True).double().eval(), random_x()
+
+    def doubled(module, args, out):
+        return 2 * out[0], out[1]
+
+    def doubled_in_place(module, args, out):
+        out[0].mul_(2)
+
+    with sequence.blocks[1].register_forward_hook(doubled):
+        want_y, want = gradients(reversible, sequence, x)
+    with sequence.blocks[1].register_forward_hook(doubled_in_place):
+        y, got = gradients(reversible, sequence, x)
+        assert torch.equal(y, want_y)
+        assert all((a - b).abs().max() < 1e-10 * max(1, b.abs().max()) for a, b in zip(got, want, strict=True))
+        with pytest.raises(RuntimeError, match="an output of a reversible block has been changed in place"):
+            loss_of(ReversibleSequence(sequence.blocks)(x)).backward()
+
+
 def test_reversible_tied_block():
     shared, other = blocks(2, 0.2)
     assert_same_gradients(ReversibleSequence([shared, other, shared]).double(), random_x())

@@ -194,12 +194,13 @@ class _Recorder:
         self.exact = exact
         self.tape = None
         self.streams = None  # that the last step left, the next one to be moved first
+        self.versions = None
         self.grid = None  # the same as integers, in exact mode
 
     def add(self, name: str, module: nn.Module, moved: Tensor, still: Tensor, kwargs: dict) -> tuple[Tensor, Tensor]:
         """(still, moved + module(still)), both as the recorder has them: contiguous and in exact mode on the grid."""
         # hooks between the blocks may have put other streams in the place of ours: these then start a tape of their own
-        if self.streams is None or not all(map(_is_same, self.streams, (moved, still))):
+        if self.streams is None or not all(map(_is_same, self.streams, self.versions, (moved, still))):
             # operators choose their way by strides as well, so all streams have the same
             still = still.contiguous()
             if self.exact:
@@ -218,7 +219,7 @@ class _Recorder:
             self.grid = self.grid[1], grid[0]
         else:
             result = (moved + out.to(moved.dtype)).contiguous()
-        self.streams = still, result
+        self.streams, self.versions = (still, result), (_version(still), _version(result))
         if self.tape is not None and self.exact:
             self.tape.checksums.append(grid[1])
             self.tape.set(*self.grid, len(self.tape.steps))
@@ -275,11 +276,11 @@ def _check_output(name, out, moved):
         raise ValueError(f"{name}: got shape {tuple(out.shape)} from it, wanted {tuple(moved.shape)}, that of its half of x")
 
 
-def _is_same(a, b):
-    """Whether b is a or a view of all of it, as it was."""
+def _is_same(a, version, b):
+    """Whether b is a or a view of all of it, as it was at that version."""
     return (
         a.data_ptr() == b.data_ptr()
-        and (a.shape, a.stride(), a.dtype, _version(a)) == (b.shape, b.stride(), b.dtype, _version(b))
+        and (a.shape, a.stride(), a.dtype, version) == (b.shape, b.stride(), b.dtype, _version(b))
     )  # fmt: skip
 
 
