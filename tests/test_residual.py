@@ -54,6 +54,16 @@ def test_residual_add_is_the_sum_of_whole_numbers(n, undo, dtype, device):
     assert torch.equal(*checksums)
 
 
+@pytest.mark.parametrize("undo", [False, True])
+def test_residual_add_at_the_ends_of_the_range(undo, device):
+    stream = torch.tensor([2**31 - 2, 2**31 - 1, 2 - 2**31, 1 - 2**31], dtype=torch.int32, device=device)
+    addend = torch.tensor([1.0, 1.0, -1.0, -1.0], device=device) * (-(2.0**-16) if undo else 2.0**-16)
+    for residual_add in both(device):
+        result, values, _ = residual_add(stream, addend, torch.float32, undo)
+        assert result.tolist() == [2**31 - 1, NONE, 1 - 2**31, NONE]
+        assert values.isnan().tolist() == [False, True, False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 def test_residual_add_is_undone_to_the_bit(dtype, device):
     stream, addend = random_sum(2500, dtype, device)

@@ -172,6 +172,13 @@ def test_reversible_keeps_bucket_ids(monkeypatch):
     assert len(calls) == 3
 
 
+def test_reversible_keeps_bucket_ids_that_take_two_bytes():
+    sequence = ReversibleSequence(blocks(2)).double()
+    for block in sequence.blocks:
+        block.f.attention.config = LSHConfig(chunk_length=8, n_hashes=2, n_buckets=(20, 20))
+    assert_same_gradients(sequence, random_x())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_reversible_under_autocast(dtype):
     sequence, x = ReversibleSequence(blocks(3, 0.1)), random_x(dtype=torch.float32)
