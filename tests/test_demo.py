@@ -126,6 +126,12 @@ def test_demo_reformer_end_to_end(tmp_path):
     assert type(model) is ReformerLM and model.config.pattern == ("local", "lsh") and model.config.reversible
 
 
+def test_demo_trains_a_reformer_at_the_least_length(tmp_path):
+    sent = []
+    demo.train(sent.append, "reformer", SimpleNamespace(length=16, steps=1, layers=2, seed=0, out=tmp_path))
+    assert [message[0] for message in sent] == ["text", "step", "heldout", "peak"]
+
+
 def test_demo_chooses_its_models_and_length():
     assert vars(demo._parse([]))["models"] == NAMES and demo._parse([]).length == 8192
     assert demo._parse(["--model", "reformer"]).length == 16384

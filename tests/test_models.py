@@ -75,7 +75,8 @@ def test_models_config_is_frozen():
         ({"window": 0}, ValueError, "window: got 0"),
         ({"head_dim": 0}, ValueError, "head_dim: got 0"),
         ({"embed_dim": 15}, ValueError, "embed_dim: got 15, wanted a multiple of num_heads = 2, or head_dim"),
-        ({"pattern": "lsh"}, TypeError, "pattern: got 'lsh', wanted a tuple"),
+        ({"pattern": "lsh"}, TypeError, "pattern: got 'lsh', wanted a tuple of names"),
+        ({"pattern": 2}, TypeError, "pattern: got 2, wanted a tuple of names"),
         ({"pattern": ()}, ValueError, r"pattern: got \(\)"),
         ({"pattern": ("lsh", "full")}, ValueError, "pattern: got .*'full'"),
         ({"lsh": {"n_hashes": 2}}, TypeError, "lsh: got dict, wanted an LSHConfig"),
@@ -89,7 +90,10 @@ def test_models_config_is_frozen():
         ({"axial_dims": (16, 0)}, ValueError, "axial_dims: got 0"),
         ({"embed_dim": 1, "num_heads": 1}, ValueError, "axial_dims: got 0"),
         ({"activation": "swiglu", "glu": False}, ValueError, "glu: got False"),
-        ({"ff_chunk": 0}, ValueError, "chunk: got 0"),
+        ({"ff_chunk": 0}, ValueError, "ff_chunk: got 0"),
+        ({"ff_dropout": 1.0}, ValueError, "ff_dropout: got 1.0"),
+        ({"axial_shape": 64}, TypeError, "axial_shape: got 64, wanted a tuple of ints"),
+        ({"axial_dims": 16}, TypeError, "axial_dims: got 16, wanted a tuple of ints"),
         ({"dropout": 1.5}, ValueError, "dropout: got 1.5"),
         ({"attention_dropout": -1}, ValueError, "attention_dropout: got -1"),
         ({"exact": True, "reversible": False}, ValueError, "exact: got True with reversible=False"),
@@ -454,6 +458,8 @@ fully_shard(sharded)
 sharded(rows[:, :-1], rows[:, 1:]).backward()
 grads = [[p.grad for p in model.parameters()], [p.grad.full_tensor() for p in sharded.parameters()]]
 torch.save(grads, sys.argv[3] + f"/{rank}.pt")
+# neither may leave while the other still talks to it
+distributed.barrier()
 distributed.destroy_process_group()
 """
 
@@ -463,11 +469,12 @@ def test_models_under_ddp_and_fully_shard(tmp_path):
     processes = [subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE) for rank in range(2)]
     try:
         for process in processes:
-            _, error = process.communicate(timeout=100)
+            _, error = process.communicate(timeout=240)
             assert process.returncode == 0, error.decode()
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     text = texts(4)
     expected = [loss_and_grads(build(tied=tied).eval(), text[:, :-1], text[:, 1:])[1:] for tied in (False, True)]
     for rank in range(2):

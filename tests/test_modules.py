@@ -101,6 +101,8 @@ def test_modules_self_attention_names_its_parameters():
     ("options", "error", "message"),
     [
         ({"num_heads": 5}, ValueError, "embed_dim: got 32, wanted a multiple of num_heads = 5"),
+        ({"num_heads": 2.0}, TypeError, "num_heads: got 2.0, wanted an int"),
+        ({"head_dim": 2.5}, TypeError, "head_dim: got 2.5, wanted an int"),
         ({"num_heads": 0}, ValueError, "embed_dim, num_heads: got 32, 0"),
         ({"head_dim": 0}, ValueError, "head_dim: got 0"),
         ({"config": {"n_hashes": 2}}, TypeError, "config: got dict, wanted an LSHConfig"),
@@ -821,6 +823,8 @@ def test_modules_local_attention_checks_its_arguments():
         ({"window": 0}, ValueError, "window: got 0"),
         ({"window": 1.0}, TypeError, "window: got 1.0, wanted an int"),
         ({"num_heads": 5}, ValueError, "embed_dim: got 32, wanted a multiple of num_heads = 5"),
+        ({"num_heads": 2.0}, TypeError, "num_heads: got 2.0, wanted an int"),
+        ({"head_dim": 2.5}, TypeError, "head_dim: got 2.5, wanted an int"),
         ({"dropout": 2}, ValueError, "dropout: got 2"),
         ({"head_dim": 3, "rotary": True}, ValueError, "head_dim: got 3 with rotary=True, wanted an even number"),
     ):

@@ -54,6 +54,16 @@ def test_residual_add_is_the_sum_of_whole_numbers(n, undo, dtype, device):
     assert torch.equal(*checksums)
 
 
+@pytest.mark.parametrize("undo", [False, True])
+def test_residual_add_at_the_ends_of_the_range(undo, device):
+    stream = torch.tensor([2**31 - 2, 2**31 - 1, 2 - 2**31, 1 - 2**31], dtype=torch.int32, device=device)
+    addend = torch.tensor([1.0, 1.0, -1.0, -1.0], device=device) * (-(2.0**-16) if undo else 2.0**-16)
+    for residual_add in both(device):
+        result, values, _ = residual_add(stream, addend, torch.float32, undo)
+        assert result.tolist() == [2**31 - 1, NONE, 1 - 2**31, NONE]
+        assert values.isnan().tolist() == [False, True, False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
 def test_residual_add_is_undone_to_the_bit(dtype, device):
     stream, addend = random_sum(2500, dtype, device)
@@ -73,6 +83,16 @@ def test_residual_add_of_float64_has_a_finer_grid():
     assert (values[3:] - addend[3:]).abs().max() <= 2.0**-45 and values[:3].isnan().all()
     back, _, again = fixed_point.residual_add(result, addend, torch.float64, True)
     assert (back[3:] == 0).all() and torch.equal(checksum, again)
+
+
+@pytest.mark.parametrize("place", [0, 1, 1023, 1024, 2999])
+def test_residual_checksum_sees_one_step_anywhere(place, device):
+    stream, addend = torch.zeros(3000, dtype=torch.int32, device=device), torch.randn(3000, device=device)
+    changed = addend.clone()
+    changed[place] += 2.0**-16
+    for residual_add in both(device):
+        checksum, other = (residual_add(stream, a, torch.float32, False)[2] for a in (addend, changed))
+        assert checksum != other
 
 
 def test_residual_checksum_sees_steps_moved_and_exchanged(device):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lsh_kernels import LSHConfig, LSHSelfAttention, ReversibleBlock, ReversibleSequence, lsh_attention
+from lsh_kernels import ChunkedFeedForward, LSHConfig, LSHSelfAttention, ReversibleBlock, ReversibleSequence, lsh_attention
 
 E, L = 16, 40
 CONFIG = LSHConfig(chunk_length=8, n_hashes=2)
@@ -172,6 +172,13 @@ def test_reversible_keeps_bucket_ids(monkeypatch):
     assert len(calls) == 3
 
 
+def test_reversible_keeps_bucket_ids_that_take_two_bytes():
+    sequence = ReversibleSequence(blocks(2)).double()
+    for block in sequence.blocks:
+        block.f.attention.config = LSHConfig(chunk_length=8, n_hashes=2, n_buckets=(20, 20))
+    assert_same_gradients(sequence, random_x())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_reversible_under_autocast(dtype):
     sequence, x = ReversibleSequence(blocks(3, 0.1)), random_x(dtype=torch.float32)
@@ -244,6 +251,26 @@ def test_reversible_follows_a_hook_that_changes_what_goes_between_blocks():
     (want_y, want), (y, got) = gradients(doubled, sequence, x), gradients(reversible, sequence, x)
     assert torch.equal(y, want_y)
     assert all((a - b).abs().max() < 1e-10 * max(1, b.abs().max()) for a, b in zip(got, want, strict=True))
+
+
+def test_reversible_follows_a_hook_that_changes_a_stream_in_place():
+    """In exact mode, where backward needs the grid alone; floats are gone, and that is noticed."""
+    sequence, x = ReversibleSequence(blocks(3), exact=True).double().eval(), random_x()
+
+    def doubled(module, args, out):
+        return 2 * out[0], out[1]
+
+    def doubled_in_place(module, args, out):
+        out[0].mul_(2)
+
+    with sequence.blocks[1].register_forward_hook(doubled):
+        want_y, want = gradients(reversible, sequence, x)
+    with sequence.blocks[1].register_forward_hook(doubled_in_place):
+        y, got = gradients(reversible, sequence, x)
+        assert torch.equal(y, want_y)
+        assert all((a - b).abs().max() < 1e-10 * max(1, b.abs().max()) for a, b in zip(got, want, strict=True))
+        with pytest.raises(RuntimeError, match="an output of a reversible block has been changed in place"):
+            loss_of(ReversibleSequence(sequence.blocks)(x)).backward()
 
 
 def test_reversible_tied_block():
@@ -325,6 +352,24 @@ def test_reversible_no_grad_mode():
         with mode():
             y = sequence(x)
         assert not y.requires_grad and torch.equal(y, ordinary(sequence, x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("exact", [False, True])
+def test_reversible_recomputes_in_the_mode_of_forward(exact, training):
+    """Ordinary code may be switched to eval or training mode between forward and backward; dropout of each kind."""
+    layers = [ReversibleBlock(Attention(0.2), ChunkedFeedForward(E, 2 * E, chunk=8, dropout=0.3)) for _ in range(2)]
+    sequence, x = ReversibleSequence(layers, exact).double(), random_x()
+    grads = []
+    for switch in (False, True):
+        sequence.train(training)
+        torch.manual_seed(1)
+        loss = loss_of(sequence(x))
+        if switch:
+            sequence.train(not training)
+        grads.append(torch.autograd.grad(loss, (x, *sequence.parameters())))
+        assert all(module.training == (training != switch) for module in sequence.modules())
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_reversible_batch_norm_counts_a_batch_once():
@@ -430,6 +475,10 @@ def test_reversible_notices_what_has_changed_since_forward():
         pair[0].add_(1)
     with pytest.raises(RuntimeError, match="an output of a reversible block has been changed in place"):
         pair[1].sum().backward()
+    weights = {name: 2 * p.detach().requires_grad_() for name, p in sequence.named_parameters()}
+    loss = loss_of(torch.func.functional_call(sequence, weights, (x,)))
+    with pytest.raises(RuntimeError, match="a parameter or argument of Sequential has been changed since forward"):
+        loss.backward()
     fickle = Fickle()
     loss = loss_of(ReversibleSequence([ReversibleBlock(fickle, nn.Identity())])(x))
     fickle.layers = 2
@@ -545,6 +594,17 @@ def test_reversible_exact_recomputes_inputs_to_the_bit(depth, dtype):
     assert all(g.isfinite().all() for g in grads)
 
 
+def test_reversible_recomputes_from_the_same_strides():
+    """Operators may choose their way by those of dimensions of size 1, too, where contiguous tensors differ."""
+    for exact in (False, True):
+        layers = [layer for block in blocks(2) for layer in (block.f, block.g)]
+        sequence, seen = ReversibleSequence(map(ReversibleBlock, layers[::2], layers[1::2]), exact), [[] for _ in layers]
+        for layer, strides in zip(layers, seen):
+            layer.register_forward_pre_hook(lambda _, args, strides=strides: strides.append(args[0].stride()))
+        loss_of(sequence(torch.randn(L, 1, 2 * E).transpose(0, 1).requires_grad_())).backward()
+        assert all(len(strides) == 2 and strides[0] == strides[1] for strides in seen)
+
+
 def test_reversible_floats_drift_where_the_grid_does_not():
     sequence, x = ReversibleSequence(blocks(12)), random_x(dtype=torch.float32)
     seen = inputs_of_layers(sequence)
@@ -602,15 +662,17 @@ def test_reversible_exact_poisons_what_leaves_the_range(value):
     assert sequence.blocks[0].g.linear.weight.grad.isnan().all()
 
 
+class Wavering(nn.Linear):
+    """Returns something else when it is run again: a few grid steps in one element of each row."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) + (torch.arange(E) == 3) * 5e-5 * (self.calls == 2)
+
+
 def test_reversible_exact_poisons_gradients_if_a_layer_does_not_repeat_itself():
-    class Wavering(nn.Linear):
-        calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            # a few grid steps in one element
-            return super().forward(x) + (torch.arange(E) == 3) * 5e-5 * (self.calls == 2)
-
     for place in range(3):
         layers = [ReversibleBlock(nn.Linear(E, E), nn.Linear(E, E)) for _ in range(3)]
         layers[place].f = Wavering(E, E)
@@ -618,6 +680,21 @@ def test_reversible_exact_poisons_gradients_if_a_layer_does_not_repeat_itself():
         ReversibleSequence(layers, exact=True)(x).sum().backward()
         assert x.grad.isnan().any()
         assert layers[place].f.weight.grad.isnan().any() and layers[place].g.weight.grad.isfinite().all()
+
+
+def test_reversible_exact_poisons_gradients_of_layers_that_repeat_themselves_on_a_wrong_input():
+    """Weights of zero return the same for any input, but their gradient does not; no NaN comes to them from other gradients."""
+
+    class Apart(Wavering):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    layers = [ReversibleBlock(nn.Linear(E, E), nn.Linear(E, E)), ReversibleBlock(Apart(E, E), nn.Linear(E, E))]
+    for layer in (layers[0].f, layers[0].g):
+        nn.init.zeros_(layer.weight)
+    ReversibleSequence(layers, exact=True)(random_x(dtype=torch.float32)).sum().backward()
+    assert all(layer.weight.grad.isnan().any() for layer in (layers[1].f, layers[0].g, layers[0].f))
+    assert layers[1].g.weight.grad.isfinite().all()
 
 
 def test_reversible_frees_everything_without_the_garbage_collector():

@@ -92,8 +92,15 @@ def gradients(tmp_path_factory):
         subprocess.Popen([*command, str(rank), str(folder / "meeting"), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(errors)
+    try:
+        for process in processes:
+            _, error = process.communicate(timeout=240)
+            # at once: the other process may be waiting for this one
+            assert process.returncode == 0, error
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     return {case: [torch.load(folder / f"{case} {rank}.pt") for rank in range(2)] for case in CASES}
 
 

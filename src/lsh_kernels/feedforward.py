@@ -93,9 +93,12 @@ class ChunkedFeedForward(nn.Module):
         return f"chunk={self.chunk}, activation={self.activation!r}, glu={self.glu}, dropout={self.dropout}"
 
 
-def check_feed_forward(ff_dim, chunk, activation, glu, dropout) -> None:
-    """Raise the TypeError or ValueError of `ChunkedFeedForward` for these arguments, if there is one."""
-    for name, value in (("ff_dim", ff_dim), ("chunk", chunk)):
+def check_feed_forward(ff_dim, chunk, activation, glu, dropout, prefix="") -> None:
+    """Raise the TypeError or ValueError of `ChunkedFeedForward` for these arguments, if there is one.
+
+    `prefix`: of the names that the caller has for chunk and dropout.
+    """
+    for name, value in (("ff_dim", ff_dim), (f"{prefix}chunk", chunk)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: got {value!r}, wanted an int")
         if value < 1:
@@ -107,7 +110,7 @@ def check_feed_forward(ff_dim, chunk, activation, glu, dropout) -> None:
     if activation == "swiglu" and glu is False:
         raise ValueError('glu: got False with activation="swiglu", wanted True or None (it is a gate)')
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: got {dropout}, wanted a probability in [0, 1)")
+        raise ValueError(f"{prefix}dropout: got {dropout}, wanted a probability in [0, 1)")
 
 
 def matmul_dtype(name: str, x: Tensor, weight: Tensor) -> torch.dtype:

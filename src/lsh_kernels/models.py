@@ -96,12 +96,13 @@ class ReformerConfig:
             raise ValueError("exact: got True with reversible=False, wanted False (nothing is recomputed)")
         if not isinstance(self.lsh, LSHConfig):
             raise TypeError(f"lsh: got {type(self.lsh).__name__}, wanted an LSHConfig")
-        if isinstance(self.pattern, str):
-            raise TypeError(f"pattern: got {self.pattern!r}, wanted a tuple of names")
-        # JSON has lists
-        for name in ("pattern", "axial_shape", "axial_dims"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, of in (("pattern", "names"), ("axial_shape", "ints"), ("axial_dims", "ints")):
+            value = getattr(self, name)
+            if value is not None:
+                # JSON has lists
+                if not isinstance(value, (tuple, list)):
+                    raise TypeError(f"{name}: got {value!r}, wanted a tuple of {of}")
+                object.__setattr__(self, name, tuple(value))
         if not self.pattern or set(self.pattern) - set(ATTENTIONS):
             raise ValueError(f"pattern: got {self.pattern}, wanted a tuple of {' and '.join(map(repr, ATTENTIONS))}")
         if self.positions not in POSITIONS:
@@ -111,7 +112,8 @@ class ReformerConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted a probability between 0 and 1")
-        check_feed_forward(self.ff_dim or 4 * self.embed_dim, self.ff_chunk, self.activation, self.glu, self.ff_dropout)
+        ff_dim = self.ff_dim or 4 * self.embed_dim
+        check_feed_forward(ff_dim, self.ff_chunk, self.activation, self.glu, self.ff_dropout, prefix="ff_")
         self._check_positions()
 
     def _check_positions(self):

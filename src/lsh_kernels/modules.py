@@ -536,6 +536,10 @@ def _swap(path, old, config, shared_qk, exact_below):
 
 def _set_self_attention(layer, embed_dim, num_heads, head_dim, causal, dropout, rotary):
     """Check and set what the self-attention layers have in common."""
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "head_dim": 1 if head_dim is None else head_dim}
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: got {value!r}, wanted an int")
     if embed_dim < 1 or num_heads < 1:
         raise ValueError(f"embed_dim, num_heads: got {embed_dim}, {num_heads}, wanted both >= 1")
     if head_dim is None and embed_dim % num_heads:

@@ -92,19 +92,20 @@ class ReversibleSequence(nn.Module):
     autocast, gradient scalers, hooks and `torch.autograd.grad` work as ever. A second backward through a retained graph
     first runs the blocks forward again. `torch.compile` leaves a sequence as it is: compile its f and g (`block.f.compile()`).
 
-    Each layer is run a second time in the autocast state of the first, with the same random draws (the generators that
-    the caller sees stay where they are) and, of LSH attention, with the same bucket ids, which are kept: 1 or 2 bytes per
-    head, round and position. Buffers that a layer updates, as BatchNorm does, are updated by the first run only, and the
-    second sees them as the first did. Forward hooks of f and g and of what is in them see both runs. A layer that draws
-    from a generator of its own, other than through LSH attention, would draw anew.
+    Each layer is run a second time in the autocast state and the modes (training or eval) of the first, with the same
+    random draws (the generators that the caller sees stay where they are) and, of LSH attention, with the same bucket
+    ids, which are kept: 1 or 2 bytes per head, round and position. Buffers that a layer updates, as BatchNorm does, are
+    updated by the first run only, and the second sees them as the first did. Forward hooks of f and g and of what is in
+    them see both runs. A layer that draws from a generator of its own, other than through LSH attention, would draw anew.
 
     In exact mode x is rounded to a fixed-point grid of steps of 2^-16, and so is what each layer adds (see
     `lsh_kernels.fixed_point` for the format, its error and its range, 2^15). What backward recomputes is then equal to
     the bit to what forward had, at any depth. Gradients pass the rounding as they are. That needs layers that return the
     same when they are run again: the same kernels in a fixed order of sums (`torch.use_deterministic_algorithms` on a
-    GPU), launched alike; grad mode, autocast state, random draws, bucket ids, buffers and strides are set as in forward. A
-    checksum of what each layer returned is compared, and where it differs all gradients of that layer and of those
-    before it are NaN. A value that is not finite or out of range makes the output NaN, and these gradients too.
+    GPU), launched alike; grad mode, autocast state, training or eval mode, random draws, bucket ids, buffers and strides
+    are set as in forward. A checksum of what each layer returned is compared, and where it differs all gradients of that
+    layer and of those before it are NaN. A value that is not finite or out of range makes the output NaN, and these
+    gradients too.
     `inverse(sequence(x))` gives the grid point nearest x for float32 values below 256, provided that layers return the
     same there too (eval mode, grad mode as in forward); the output of a 16-bit model is rounded further, so only
     its backward is exact.
@@ -193,12 +194,13 @@ class _Recorder:
         self.exact = exact
         self.tape = None
         self.streams = None  # that the last step left, the next one to be moved first
+        self.versions = None
         self.grid = None  # the same as integers, in exact mode
 
     def add(self, name: str, module: nn.Module, moved: Tensor, still: Tensor, kwargs: dict) -> tuple[Tensor, Tensor]:
         """(still, moved + module(still)), both as the recorder has them: contiguous and in exact mode on the grid."""
         # hooks between the blocks may have put other streams in the place of ours: these then start a tape of their own
-        if self.streams is None or not all(map(_is_same, self.streams, (moved, still))):
+        if self.streams is None or not all(map(_is_same, self.streams, self.versions, (moved, still))):
             # operators choose their way by strides as well, so all streams have the same
             still = still.contiguous()
             if self.exact:
@@ -217,7 +219,7 @@ class _Recorder:
             self.grid = self.grid[1], grid[0]
         else:
             result = (moved + out.to(moved.dtype)).contiguous()
-        self.streams = still, result
+        self.streams, self.versions = (still, result), (_version(still), _version(result))
         if self.tape is not None and self.exact:
             self.tape.checksums.append(grid[1])
             self.tape.set(*self.grid, len(self.tape.steps))
@@ -274,17 +276,21 @@ def _check_output(name, out, moved):
         raise ValueError(f"{name}: got shape {tuple(out.shape)} from it, wanted {tuple(moved.shape)}, that of its half of x")
 
 
-def _is_same(a, b):
-    """Whether b is a or a view of all of it, as it was."""
+def _is_same(a, version, b):
+    """Whether b is a or a view of all of it, as it was at that version."""
     return (
         a.data_ptr() == b.data_ptr()
-        and (a.shape, a.stride(), a.dtype, _version(a)) == (b.shape, b.stride(), b.dtype, _version(b))
+        and (a.shape, a.stride(), a.dtype, version) == (b.shape, b.stride(), b.dtype, _version(b))
     )  # fmt: skip
 
 
 def _version(tensor):
     """How often the tensor has been changed in place."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_plain(tensor):
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 class _Tape:
@@ -419,11 +425,13 @@ class _Step:
     kept: list = field(default_factory=list)  # see recompute
     buffers: list = field(default_factory=list)  # those that it updates: (module, name, value before)
     constants: list = field(default_factory=list)  # its parameters and arguments, each with its version
+    modes: list = field(default_factory=list)  # (module, whether it was in training mode)
     autocast: list = field(default_factory=list)
     rng: list = field(default_factory=list)  # (get, set, state before), of the generators that it drew from
 
     def first_run(self, x: Tensor) -> Tensor:
         self.constants = [(tensor, _version(tensor)) for tensor in self._constants()]
+        self.modes = [(module, module.training) for module in self.module.modules()]
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
             for kind in {"cpu", x.device.type} - {"meta"}
@@ -454,8 +462,8 @@ class _Step:
         """What the layer returned; the tensors that it saves for backward, with their versions, are added to `saved`."""
         constants = list(self._constants())
         if len(constants) != len(self.constants) or any(
-            # fully_shard has a sharded parameter, of another type, in the place of the whole one
-            type(now) is type(tensor) and (now is not tensor or _version(now) != version)
+            # fully_shard has a sharded parameter, a DTensor, in the place of the whole one
+            _is_plain(now) and _is_plain(tensor) and (now is not tensor or _version(now) != version)
             for now, (tensor, version) in zip(constants, self.constants)
         ):
             raise RuntimeError(f"a parameter or argument of {type(self.module).__name__} has been changed since forward")
@@ -467,6 +475,7 @@ class _Step:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(partial(_save, saved), _no_unpack))
             for kind, dtype, enabled, cached in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached))
+            stack.enter_context(_in_modes(self.modes))
             stack.enter_context(_restored(self.rng))
             stack.enter_context(_with_buffers(self.buffers))
             stack.enter_context(recompute.repetition(self.kept))
@@ -500,6 +509,19 @@ def _generators(device):
     if device.type not in ("cpu", "meta"):
         module = torch.get_device_module(device)
         yield lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)
+
+
+@contextmanager
+def _in_modes(modes):
+    """Modules in training or eval mode as in the first run; afterwards as they are now."""
+    changed = [(module, mode) for module, mode in modes if module.training != mode]
+    try:
+        for module, mode in changed:
+            module.training = mode
+        yield
+    finally:
+        for module, mode in changed:
+            module.training = not mode
 
 
 @contextmanager
