@@ -60,6 +60,17 @@ def test_attention_bwd_equals_the_oracle(case, device):
     Call(problem, has_dlse, case["strided"]).assert_equal_the_oracle(in_place=in_place)
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("config", "keys"),
+    [("window", "shared"), ("chunk-ahead", "shared"), ("across", "shared"), ("window", "separate"), ("chunk", "separate")],
+)
+def test_attention_bwd_counts_a_pair_once(config, keys, causal, device):
+    """Few and large buckets: most pairs are seen by several rounds."""
+    problem = Problem(device, config, keys, causal, padded=True, R=3, L=40, H=1, n_buckets=2, chunk_length=5)
+    Call(problem).assert_equal_the_oracle()
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(
     ("fields", "causal"),

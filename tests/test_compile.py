@@ -142,7 +142,11 @@ LAUNCHES = {
     ),
     "attention_bwd-fp16-D128-trax": (lambda: attention_bwd(head_dim=128, causal=False, mask=True, **TRAX), 8 * 4096),
     "attention_bwd-bf16-D64-grouped": (lambda: attention_bwd(dtype=torch.bfloat16, keys="grouped"), 4 * 4096),
-    "attention_bwd-bf16-D64-in-place": (lambda: attention_bwd(dtype=torch.bfloat16, n_hashes=2, in_place=True), 4 * 4096),
+    "attention_bwd-bf16-D64-in-place": (
+        lambda: attention_bwd(dtype=torch.bfloat16, n_hashes=2, dedupe=False, in_place=True),
+        4 * 4096,
+    ),
+    "attention_bwd-fp16-D128-8-rounds": (lambda: attention_bwd(head_dim=128, n_hashes=8), 8 * 4096),
     "hash_sort-bf16-D64": (lambda: hash_sort(), 256 * 128),
     "hash_sort-fp16-D64-one-pass-masked": (lambda: hash_sort(dtype=torch.float16, factors=(128,), mask=True), 256 * 128),
     "hash_sort-fp16-D128-many-columns": (lambda: hash_sort(4096, 128, torch.float16, (128, 256)), 128 * 256),
