@@ -411,11 +411,9 @@ def _launch_config(D, Dv, dtype, mode):
     rows see in other rounds, so that tiles are smaller than forward's."""
     block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
     widest = max(block_d, block_dv)
-    block_m = 32 if dtype == torch.float32 or widest > 64 or mode.DEDUPE else 64
-    if mode.DEDUPE and widest > 64 and mode.ROUNDS > 4:
-        block_m = 16
+    block_m = 16 if mode.DEDUPE and widest > 64 and mode.ROUNDS > 4 else 32
     # walked queries of separate keys bring two ends per round
-    narrow = widest > 128 or (mode.DEDUPE and (widest > 64 or not mode.SHARED))
+    narrow = widest > 128 or (widest > 64 and (mode.DEDUPE or mode.DROPOUT)) or (mode.DEDUPE and not mode.SHARED)
     return Tile(D, Dv, block_d, block_dv, block_m, 16 if narrow else 32), 4, 2
 
 
