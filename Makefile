@@ -9,7 +9,7 @@ KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint format test test-tritons offline test-gpu bench-gpu rehearse-gpu gpu-wheels demo diagnose \
-    bench report profile wheel clean
+    audit audit-check bench report profile wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,13 @@ demo: install  ## train a small language model with exact and with LSH attention
 diagnose: install  ## recall of attention by rounds and span, on layers that the demo trains, into out/diagnose/
 	$(BIN)/python -m lsh_kernels diagnose --out out/diagnose/shared_qk
 	$(BIN)/python -m lsh_kernels diagnose --model exact --out out/diagnose/exact
+
+audit: install  ## what the compiled kernels say on five targets, modelled times; accepts it into bench/results/ and docs/
+	$(BIN)/python -m lsh_kernels audit --out bench/results/audit.csv --model --picture docs/audit.png
+	$(BIN)/python bench/dense.py
+
+audit-check: install  ## fail if a kernel got worse than in bench/results/audit.csv
+	$(BIN)/python -m lsh_kernels audit --baseline bench/results/audit.csv
 
 bench: install  ## time attention, its stages and its peers into bench/results/; ARGS="--quick", ARGS="--help"
 	$(BIN)/python -m lsh_kernels bench $(ARGS)

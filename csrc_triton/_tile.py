@@ -258,7 +258,8 @@ def earlier_intervals(q_pos, row_mask, r, pid_bh, coords_ptr, limits_ptr, L, S, 
             if MODE.SHARED:
                 before, _ = dedupe_reach(S, MODE)
                 # no coordinate reaches 2^30
-                los += (unmarked(tl.load(coords_ptr + offs, mask=mask, other=1073741824)) - before,)
+                lo = tl.load(coords_ptr + offs, mask=mask, other=1073741824)
+                los += ((unmarked(lo) if e == 0 else lo) - before,)
             else:
                 los += (tl.load(limits_ptr + offs * 2, mask=mask, other=0),)
                 widths += (tl.load(limits_ptr + offs * 2 + 1, mask=mask, other=0),)
@@ -272,7 +273,9 @@ def earlier_coords(k_pos, k_mask, r, pid_kv, coords_ptr, S, MODE: tl.constexpr):
     if MODE.DEDUPE:
         for e in tl.static_range(MODE.ROUNDS - 1):
             mask = k_mask & (k_pos < tl.where(r > e, FAR, -FAR))
-            coords += (unmarked(tl.load(coords_ptr + (pid_kv * MODE.R + e) * S + k_pos, mask=mask, other=0)),)
+            coord = tl.load(coords_ptr + (pid_kv * MODE.R + e) * S + k_pos, mask=mask, other=0)
+            # marks are in the first round alone
+            coords += (unmarked(coord) if e == 0 else coord,)
     return coords
 
 

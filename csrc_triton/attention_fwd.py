@@ -52,14 +52,18 @@ def _attention_fwd_kernel(
     BLOCK_DV: tl.constexpr = TILE.BLOCK_DV
     pid = tl.program_id(0)
     n_tiles = tl.cdiv(L, BLOCK_M)
-    r = pid // n_tiles % MODE.ROUNDS
-    pid_bh = (pid // (n_tiles * MODE.ROUNDS)).to(tl.int64)
-    b, h = pid_bh // H, pid_bh % H
-    pid_kv = b * HKV + h // (H // HKV)
+    # divided before they are widened: a 64-bit division takes a hundred instructions
+    pid_bhr = pid // n_tiles
+    r = pid_bhr % MODE.ROUNDS
+    b = pid_bhr // MODE.ROUNDS // H
+    h = pid_bhr // MODE.ROUNDS - b * H
+    hkv = (h if MODE.SHARED else h // (H // HKV)).to(tl.int64)
+    b, h = b.to(tl.int64), h.to(tl.int64)
+    pid_bh, pid_kv = b * H + h, b * HKV + hkv
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     col_mask, v_col_mask = offs_d < TILE.D, offs_dv < TILE.DV
 
-    slots = (pid % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    slots = (pid - pid_bhr * n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = slots < L
     # the local round comes last and is in no order: nothing is read there
     n_hashed = tl.where(r < MODE.R, L, 0)
@@ -87,8 +91,8 @@ def _attention_fwd_kernel(
     if MODE.HASHED:
         # with wrap slots count through all rounds
         k_order_ptr += (pid_kv * MODE.R + (0 if MODE.WRAP else r)) * S
-    k_ptr += b * k_strides[0] + h // (H // HKV) * k_strides[1]
-    v_ptr += b * v_strides[0] + h // (H // HKV) * v_strides[1]
+    k_ptr += b * k_strides[0] + hkv * k_strides[1]
+    v_ptr += b * v_strides[0] + hkv * v_strides[1]
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)

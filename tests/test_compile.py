@@ -8,21 +8,14 @@ import functools
 import json
 import math
 import os
-import re
 import resource
 import subprocess
 import sys
-import tempfile
 
 import pytest
 import torch
 
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def combine_rounds(length, n_hashes, head_dim, dtype, n_heads=2):
@@ -155,6 +148,10 @@ LAUNCHES = {
         lambda: attention_bwd(dtype=torch.bfloat16, n_hashes=2, dedupe=False, in_place=True),
         4 * 4096,
     ),
+    "attention_bwd-bf16-D64-8-rounds-dropout": (
+        lambda: attention_bwd(dtype=torch.bfloat16, n_hashes=8, dropout_p=0.1),
+        2 * 4096,
+    ),
     "attention_bwd-fp16-D128-8-rounds": (lambda: attention_bwd(head_dim=128, n_hashes=8), 8 * 4096),
     "hash_sort-bf16-D64": (lambda: hash_sort(), 256 * 128),
     "hash_sort-fp16-D64-one-pass-masked": (lambda: hash_sort(dtype=torch.float16, factors=(128,), mask=True), 256 * 128),
@@ -184,7 +181,7 @@ def test_compile_without_spills_and_with_wide_loads(launch, target):
     assert kernels, "the launcher launched nothing"
     for kernel in kernels:
         assert not any(kernel["spills"].values()), kernel
-    fetched = sum(16 * kernel["wide_loads"] * kernel["threads"] for kernel in kernels)
+    fetched = sum(kernel["bytes_by_wide_loads"] for kernel in kernels)
     assert fetched >= LAUNCHES[launch][1], f"{fetched} bytes by 128-bit loads: {kernels}"
 
 
@@ -220,84 +217,28 @@ def compiled(target):
 
 def compile_all(target):
     """{name of the launch: [what each of its kernels came to]}; the launchers run, their kernels are only compiled."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    class Driver:
-        def get_current_target(self):
-            return GPUTarget(*TARGETS[target])
-
-        def get_current_device(self):
-            return 0
-
-        def get_current_stream(self, device):
-            return 0
-
-    triton.runtime.driver.set_active(Driver())
-    compiled_kernels = []
-    run = JITFunction.run
-
-    def only_compile(self, *args, warmup, **kwargs):
-        compiled_kernels.append(run(self, *args, warmup=True, **kwargs))
+    from lsh_kernels import offline
 
     def kernels_of(launch, *args):
-        compiled_kernels.clear()
-        launch(*args)
-        return [inspect_kernel(kernel) for kernel in compiled_kernels]
+        with offline.compile_only(target) as launches:
+            launch(*args)
+        assert not any(launched.error for launched in launches), launches
+        return [inspect_kernel(launched.kernel) for launched in launches]
 
-    JITFunction.run = only_compile
+    def inspect_kernel(kernel):
+        code = offline.inspect(kernel)
+        return {
+            "name": kernel.name,
+            "hash": kernel.hash,
+            "spills": {"stack": code.stack, "stores": code.spill_stores, "loads": code.spill_loads},
+            "bytes_by_wide_loads": code.static("load_128"),
+            "tensor_ops": code.static("tensor"),
+        }
+
     report = {name: kernels_of(launch) for name, (launch, _) in LAUNCHES.items()}
     for name, launch in AT_LENGTH.items() if target == "sm_90" else ():
         report[name] = [kernel for length in (1, 2, 16, 28, 33, 100, 4096) for kernel in kernels_of(launch, length)]
     return report
-
-
-def inspect_kernel(kernel):
-    target = kernel.metadata.target
-    inspect = inspect_cubin if target.backend == "cuda" else inspect_amdgcn
-    n_threads = kernel.metadata.num_warps * target.warp_size
-    return {"name": kernel.name, "hash": kernel.hash, "threads": n_threads, **inspect(kernel.asm)}
-
-
-def inspect_cubin(asm):
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage = run_tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = run_tool(knobs.nvidia.nvdisasm.path, "-c", file.name)
-    return {
-        "registers": int(re.search(r"\bREG:(\d+)", usage)[1]),
-        "spills": {
-            "stack": int(re.search(r"\bSTACK:(\d+)", usage)[1]),
-            "STL": len(re.findall(r"\bSTL\b", sass)),
-            "LDL": len(re.findall(r"\bLDL\b", sass)),
-        },
-        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.[\w.]*\b128\b", sass)),
-        "tensor_ops": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass)),
-    }
-
-
-def inspect_amdgcn(asm):
-    text = asm["amdgcn"]
-
-    def count(name):
-        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
-
-    # scalar registers spill into lanes of vector registers, not into memory: such spills are no fault
-    spills = ("private_segment_fixed_size", "vgpr_spill_count")
-    return {
-        "registers": count("vgpr_count"),
-        "spills": {name: count(name) for name in spills},
-        "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
-        "tensor_ops": len(re.findall(r"\bv_mfma_", text)),
-    }
-
-
-def run_tool(*command):
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 if __name__ == "__main__":

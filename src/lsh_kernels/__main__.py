@@ -1,4 +1,4 @@
-"""Command line: `python -m lsh_kernels` with `doctor`, `demo`, `diagnose` or `bench`."""
+"""Command line: `python -m lsh_kernels` with `doctor`, `demo`, `diagnose`, `audit` or `bench`."""
 
 import argparse
 import platform
@@ -19,9 +19,10 @@ def main(argv=None):
     # these read their own options, --help included
     commands.add_parser("demo", help="train a small language model, exact attention beside LSH", add_help=False)
     commands.add_parser("diagnose", help="how much of exact attention LSH attention keeps, by rounds and span", add_help=False)
+    commands.add_parser("audit", help="what the compiled kernels' machine code says, without a GPU", add_help=False)
     commands.add_parser("bench", help="time attention, its stages and its peers (needs a checkout)", add_help=False)
     options, rest = parser.parse_known_args(argv)
-    if options.command in ("demo", "diagnose"):
+    if options.command in ("demo", "diagnose", "audit"):
         return import_module(f"lsh_kernels.{options.command}").main(rest)
     if options.command == "bench":
         folder = Path(__file__).parents[2] / "bench"

@@ -159,7 +159,7 @@ def train(send, name, options):
     send(("text", text_facts(train, heldout)))
 
     model = build_model(name, options)
-    update(model, torch.optim.AdamW(model.parameters()), train[: min(options.length, 64) + 1])  # loads what torch loads on first use
+    update(model, torch.optim.AdamW(model.parameters()), train[:65])  # loads what torch loads on first use
     resting = start_of_peak()
     model = build_model(name, options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)

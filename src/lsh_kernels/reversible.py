@@ -92,7 +92,7 @@ class ReversibleSequence(nn.Module):
     autocast, gradient scalers, hooks and `torch.autograd.grad` work as ever. A second backward through a retained graph
     first runs the blocks forward again. `torch.compile` leaves a sequence as it is: compile its f and g (`block.f.compile()`).
 
-    Each layer is run a second time in the autocast state and the training or eval mode of the first, with the same random draws (the generators that
+    Each layer is run a second time in the autocast state of the first, with the same random draws (the generators that
     the caller sees stay where they are) and, of LSH attention, with the same bucket ids, which are kept: 1 or 2 bytes per
     head, round and position. Buffers that a layer updates, as BatchNorm does, are updated by the first run only, and the
     second sees them as the first did. Forward hooks of f and g and of what is in them see both runs. A layer that draws
@@ -102,7 +102,7 @@ class ReversibleSequence(nn.Module):
     `lsh_kernels.fixed_point` for the format, its error and its range, 2^15). What backward recomputes is then equal to
     the bit to what forward had, at any depth. Gradients pass the rounding as they are. That needs layers that return the
     same when they are run again: the same kernels in a fixed order of sums (`torch.use_deterministic_algorithms` on a
-    GPU), launched alike; grad mode, autocast state, modes, random draws, bucket ids, buffers and strides are set as in forward. A
+    GPU), launched alike; grad mode, autocast state, random draws, bucket ids, buffers and strides are set as in forward. A
     checksum of what each layer returned is compared, and where it differs all gradients of that layer and of those
     before it are NaN. A value that is not finite or out of range makes the output NaN, and these gradients too.
     `inverse(sequence(x))` gives the grid point nearest x for float32 values below 256, provided that layers return the
@@ -419,13 +419,11 @@ class _Step:
     kept: list = field(default_factory=list)  # see recompute
     buffers: list = field(default_factory=list)  # those that it updates: (module, name, value before)
     constants: list = field(default_factory=list)  # its parameters and arguments, each with its version
-    modes: list = field(default_factory=list)  # (module, whether it was in training mode)
     autocast: list = field(default_factory=list)
     rng: list = field(default_factory=list)  # (get, set, state before), of the generators that it drew from
 
     def first_run(self, x: Tensor) -> Tensor:
         self.constants = [(tensor, _version(tensor)) for tensor in self._constants()]
-        self.modes = [(module, module.training) for module in self.module.modules()]
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
             for kind in {"cpu", x.device.type} - {"meta"}
@@ -469,7 +467,6 @@ class _Step:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(partial(_save, saved), _no_unpack))
             for kind, dtype, enabled, cached in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached))
-            stack.enter_context(_in_modes(self.modes))
             stack.enter_context(_restored(self.rng))
             stack.enter_context(_with_buffers(self.buffers))
             stack.enter_context(recompute.repetition(self.kept))
@@ -503,19 +500,6 @@ def _generators(device):
     if device.type not in ("cpu", "meta"):
         module = torch.get_device_module(device)
         yield lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)
-
-
-@contextmanager
-def _in_modes(modes):
-    """Modules in training or eval mode as in the first run; afterwards as they are now."""
-    changed = [(module, mode) for module, mode in modes if module.training != mode]
-    try:
-        for module, mode in changed:
-            module.training = mode
-        yield
-    finally:
-        for module, mode in changed:
-            module.training = not mode
 
 
 @contextmanager

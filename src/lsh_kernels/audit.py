@@ -1,0 +1,363 @@
+"""The audit: every kernel compiled for GPUs that are not there, and what its machine code says, as a table.
+
+    python -m lsh_kernels audit --baseline bench/results/audit.csv
+
+Kernels come from their launchers, called with meta tensors on the cases below, so that what is compiled is what Triton's JIT
+would compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import multiprocessing
+import os
+import resource
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .config import AttentionOptions, LSHConfig
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_TRAX = LSHConfig.trax()
+_EVERYTHING = LSHConfig(span="chunk", local_window=8)
+
+
+class Case(NamedTuple):
+    """One attention call. config None: local attention with a window of 64."""
+
+    config: LSHConfig | None = LSHConfig()
+    dtype: str = "bf16"
+    head_dim: int = 64
+    length: int = 4096
+    causal: bool = True
+    separate: bool = False
+    masked: bool = False
+    dropout_p: float = 0.0
+    given_buckets: bool = False
+    batch: int = 1
+    n_heads: int = 8
+
+    def options(self) -> AttentionOptions:
+        call = {"is_causal": self.causal, "dropout_p": self.dropout_p, "scale": 1.0}
+        if self.config is not None:
+            return self.config.options(self.config.factors(self.length), **call)
+        local = LSHConfig(window=64, dedupe=False).options((1,), **call)
+        return local._replace(hashed=False, within_bucket=False)
+
+
+_VARIANTS = {
+    "": Case(),
+    "-plain": Case(LSHConfig(dedupe=False)),
+    "-full": Case(causal=False, masked=True),
+    "-trax": Case(_TRAX, masked=True),
+    "-paper": Case(LSHConfig.paper()),
+    "-bucket": Case(LSHConfig(span="bucket")),
+    "-separate": Case(separate=True),
+    "-local": Case(None, separate=True),
+    "-everything": Case(_EVERYTHING, masked=True, dropout_p=0.1),
+}
+
+
+def cases() -> dict[str, Case]:
+    """The calls that are audited, by name."""
+    found = {f"bf16-D64{name}": case for name, case in _VARIANTS.items()}
+    found |= {f"bf16-D128{name}": _VARIANTS[name]._replace(head_dim=128) for name in ("", "-plain", "-separate", "-everything")}
+    found |= {f"bf16-D{head_dim}": Case(head_dim=head_dim) for head_dim in (32, 256)}
+    # the two 16-bit types differ in conversions alone
+    for dtype, head_dim in (("fp16", 64), ("fp32", 64), ("fp32", 128)):
+        found[f"{dtype}-D{head_dim}"] = Case(dtype=dtype, head_dim=head_dim)
+    found["bf16-D64-R8"] = Case(LSHConfig(n_hashes=8))
+    found["bf16-D64-given-buckets"] = Case(given_buckets=True)
+    found["bf16-D64-64K"] = Case(length=2**16)
+    return found
+
+
+def launch(case: Case) -> None:
+    """Launch the kernels of a case, forward and backward, on meta tensors."""
+    from .csrc_triton.pipeline import attention_backward, attention_forward
+
+    options, shape = case.options(), (case.batch, case.n_heads, case.length, case.head_dim)
+    query, key, value = (torch.empty(shape, dtype=DTYPES[case.dtype], device="meta") for _ in range(3))
+    rotations = buckets = None
+    if case.given_buckets:
+        buckets = torch.empty(*shape[:2], case.config.n_hashes, case.length, dtype=torch.int64, device="meta")
+    elif case.config is not None:
+        width = sum(options.factors) // 2
+        rotations = torch.empty(case.n_heads, case.head_dim, case.config.n_hashes, width, device="meta")
+    padding = torch.empty(case.batch, case.length, dtype=torch.bool, device="meta") if case.masked else None
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if case.dropout_p else None
+    key = key if case.separate else None
+    k_buckets = buckets if case.separate else None
+    out, lse, state = attention_forward(query, key, value, padding, seed, rotations, buckets, k_buckets, options)
+    attention_backward(torch.empty_like(out), None, query, key, value, padding, seed, out, lse, state, options)
+
+
+class Work(NamedTuple):
+    """What one program of a kernel does: units of what, and trips of its loops by depth (the last holds for all deeper)."""
+
+    units: float
+    unit: str
+    trips: tuple = (1,)
+
+
+def attention_work(arguments) -> Work:
+    """Pairs (query, candidate) as the span has them at full buckets; key tiles that hold them."""
+    mode, tile = arguments["MODE"], arguments["TILE"]
+    if mode.SPAN == "window":
+        window = min(mode.WINDOW, arguments["S"])
+        seen, walked = (window + 1, tile.M + window - 1) if mode.CAUSAL else (2 * window + 1, tile.M + 2 * window)
+    elif mode.SPAN == "chunk":
+        seen = (mode.BEFORE + 1 + mode.AFTER) * mode.CHUNK
+        walked = seen + max(tile.M - mode.CHUNK, 0)
+    else:
+        seen = arguments["S"] / arguments["n_buckets"]
+        walked = tile.M + seen
+    trips = math.ceil(walked / tile.N)
+    # a key walks the queries of one head of its group after the other
+    heads = arguments["H"] // arguments["HKV"] if arguments.get("PART") == "keys" else 0
+    return Work(tile.M * seen * max(heads, 1), "pair", (heads, trips) if heads else (trips,))
+
+
+# a kernel that is not here counts as one unit and one trip
+WORK = {
+    "_attention_fwd_kernel": attention_work,
+    "_attention_bwd_kernel": attention_work,
+    "_attention_bwd_prepare_kernel": lambda a: Work(a["BLOCK_M"], "row"),
+    "_combine_rounds_bwd_kernel": lambda a: Work(a["BLOCK_M"], "row"),
+    "_hashing_fwd_kernel": lambda a: Work(
+        a["BLOCK_M"] * a["R"], "row and round", (a["R"], math.ceil(max(a["FACTORS"]) / 2 / a["MAX_BLOCK_W"]))
+    ),
+    "_bucket_sort_count_kernel": lambda a: Work(a["BLOCK_M"], "element"),
+    "_bucket_sort_scan_kernel": lambda a: Work(a["n_tiles"] * a["N_BINS"], "counter", (math.ceil(a["n_tiles"] / a["BLOCK_T"]),)),
+    "_bucket_sort_scatter_kernel": lambda a: Work(a["BLOCK_M"], "element"),
+    "_bucket_bounds_kernel": lambda a: Work(a["BLOCK"], "slot"),
+    # a binary search in buckets of 32 to 64
+    "_stretched_intervals_kernel": lambda a: Work(a["BLOCK"], "slot", (6,)),
+    "_inverse_norm_kernel": lambda a: Work(a["BLOCK_M"], "row"),
+    "_combine_rounds_fwd_kernel": lambda a: Work(a["BLOCK_M"], "row"),
+}
+
+
+def work_of(launched) -> Work:
+    work = WORK.get(launched.name)
+    return work(launched.arguments) if work else Work(1, "program")
+
+
+_WIDTHS = [f"{kind}_{width}" for kind in ("load", "store") for width in (128, 64, 32, 16, 8)]
+FIELDS = (
+    *"triton target case kernel error warps registers stack spill_stores spill_loads shared ctas resident_warps limit".split(),
+    *"tensor fma_dots mufu".split(), *_WIDTHS, *"row_load_128_share sass_in_loops sass_outside unit slots_per_unit".split(),
+)  # fmt: skip
+
+
+def measure(launched, target: str) -> dict:
+    """The row of one launch. Counts are static and per program; slots_per_unit are lanes x instructions issued."""
+    from . import offline
+
+    row = dict.fromkeys(FIELDS, "") | {"kernel": launched.name, "target": target, "error": launched.error}
+    if launched.error:
+        return row
+    code, work = offline.inspect(launched.kernel), work_of(launched)
+    ctas, limit = offline.occupancy(code, target)
+    n_lanes = launched.kernel.metadata.target.warp_size
+    static = {what: code.static(what) for what in ("tensor", "mufu", "row_load", "row_load_128", "issue", *_WIDTHS)}
+    row |= {what: static[what] for what in ("tensor", "mufu", *_WIDTHS)}
+    slots = code.total("issue", work.trips) * n_lanes / work.units
+    return row | {
+        "warps": code.warps, "registers": code.registers, "stack": code.stack, "spill_stores": code.spill_stores,
+        "spill_loads": code.spill_loads, "shared": code.shared, "ctas": ctas, "resident_warps": ctas * code.warps,
+        "limit": limit, "fma_dots": code.fma_dots, "unit": work.unit, "slots_per_unit": f"{slots:.1f}",
+        "row_load_128_share": f"{static['row_load_128'] / static['row_load']:.3f}" if static["row_load"] else "",
+        "sass_in_loops": (static["issue"] - code.counts[0]["issue"]) // code.warps,
+        "sass_outside": code.counts[0]["issue"] // code.warps,
+    }  # fmt: skip
+
+
+def audit_target(target: str, names: list[str]) -> list[dict]:
+    """Rows of the cases for one target; a kernel that several cases share is in the first one's."""
+    import triton
+
+    from . import offline
+
+    rows, seen = [], set()
+    for name in names:
+        with offline.compile_only(target) as launches:
+            launch(cases()[name])
+        for launched in launches:
+            if launched.kernel and launched.kernel.hash in seen:
+                continue
+            seen.add(launched.kernel.hash if launched.kernel else None)
+            n = sum(other["case"] == name and other["kernel"].startswith(launched.name) for other in rows)
+            labels = {"triton": triton.__version__, "case": name, "kernel": f"{launched.name}{f' {n + 1}' * (n > 0)}"}
+            rows.append(measure(launched, target) | labels)
+    return rows
+
+
+def audit(targets, names, workers=None) -> list[dict]:
+    """Rows of `FIELDS` of all cases for all targets, each target in a process of its own."""
+    with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_limit_memory) as pool:
+        futures = {pool.submit(audit_target, target, names): target for target in targets}
+        for future in as_completed(futures):
+            print(f"{futures[future]}: {len(future.result())} kernels", file=sys.stderr)
+        return [row for future in futures for row in future.result()]
+
+
+def _limit_memory():
+    # a kernel gone wrong can have LLVM fill the machine
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
+
+
+class Change(NamedTuple):
+    target: str
+    case: str
+    kernel: str
+    what: str
+    before: str
+    after: str
+    fails: bool
+
+
+def compare(baseline: list[dict], rows: list[dict]) -> list[Change]:
+    """What is different. Fails: a target that does not compile any more, a new spill, a tensor-core path that is lost, more
+    than 10% more instructions per unit."""
+    before = {_key(row): row for row in baseline}
+    after = {_key(row): row for row in rows}
+    changes = [Change(*key, "kernel", "there", "gone", False) for key in before if key not in after]
+    for key, row in after.items():
+        for what, fails in _differences(before.get(key), row):
+            was = before[key][what] if key in before else ""
+            changes.append(Change(*key, what, str(was), str(row[what]), fails))
+    return changes
+
+
+def _differences(old, row):
+    """(field, whether that is a failure) of the fields that tell a row from the one before (None: it is new)."""
+    if old is None:
+        yield "kernel", False
+        old = dict.fromkeys(FIELDS, "")
+    fails = {
+        "error": bool(row["error"]),
+        "tensor": _number(row, "tensor") == 0 < _number(old, "tensor"),
+        "registers": False,
+        "slots_per_unit": _number(row, "slots_per_unit") > 1.1 * _number(old, "slots_per_unit") > 0,
+        # a hundredth is noise of code that the compiler has doubled
+        "row_load_128_share": _number(row, "row_load_128_share") < _number(old, "row_load_128_share") - 0.01,
+    } | {what: _number(row, what) > _number(old, what) for what in ("stack", "spill_stores", "spill_loads", "fma_dots")}
+    is_new = not old["kernel"]
+    for what, worse in fails.items():
+        # an error leaves no numbers to compare
+        if what == "error" or not row["error"]:
+            if str(old[what]) != str(row[what]) and (worse or not is_new):
+                yield what, worse
+
+
+def _number(row, what):
+    return float(row[what] or 0)
+
+
+def _key(row):
+    return row["target"], row["case"], row["kernel"]
+
+
+def print_table(rows):
+    columns = (
+        ("case", 20), ("kernel", 30), ("registers", 4), ("spills", 6), ("shared", 6), ("ctas", 4), ("resident_warps", 5),
+        ("limit", 13), ("tensor", 6), ("mufu", 5), ("row_load_128_share", 6), ("sass_in_loops", 6), ("sass_outside", 7),
+        ("slots_per_unit", 7), ("unit", 13),
+    )  # fmt: skip
+    heads = "case kernel reg spills shared CTAs warps limit tensor mufu wide loops outside slots per".split()
+    target = None
+    for row in rows:
+        if row["target"] != target:
+            target = row["target"]
+            print(f"\n{target}")
+            print(" ".join(f"{head:{'<' if width > 8 else '>'}{width}}" for head, (_, width) in zip(heads, columns)))
+        if row["error"]:
+            print(f"{row['case']:20} {row['kernel']:30} {row['error']}")
+            continue
+        cells = row | {"spills": sum(int(row[what]) for what in ("stack", "spill_stores", "spill_loads"))}
+        print(" ".join(f"{cells[name]!s:{'<' if width > 8 else '>'}{width}}" for name, width in columns))
+
+
+def print_changes(changes):
+    for change in changes:
+        verdict = "FAILS" if change.fails else ""
+        print(
+            f"{change.target:7} {change.case:20} {change.kernel:30} {change.what:18} {change.before} -> {change.after} {verdict}"
+        )
+
+
+def read_csv(path):
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path, rows):
+    with Path(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m lsh_kernels audit", description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, metavar="TARGET")
+    parser.add_argument("--cases", nargs="+", default=list(cases()), choices=list(cases()), metavar="CASE")
+    parser.add_argument("--out", type=Path, help="write the rows to this CSV file; with the baseline's name it accepts them")
+    parser.add_argument("--baseline", type=Path, help="compare with this CSV file; exit status 1 if something got worse")
+    parser.add_argument("--model", action="store_true", help="print modelled times, their bounds and assumptions")
+    parser.add_argument("--measured", type=Path, help="with --model: a CSV file of bench, for the model's error")
+    parser.add_argument("--picture", type=Path, help="draw rows and modelled times into this file")
+    parser.add_argument("--sweep", metavar="MODULE", help="rank tiles, warps, stages of attention_fwd, hashing, ..; no table")
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    if options.sweep:
+        return _sweep(options)
+    baseline = read_csv(options.baseline) if options.baseline else []
+    rows = audit(options.targets, options.cases)
+    print_table(rows)
+    if options.out:
+        write_csv(options.out, rows)
+    if options.model or options.picture:
+        _model(options, rows)
+    if not options.baseline:
+        return 0
+    covered = [row for row in baseline if row["target"] in options.targets and row["case"] in options.cases]
+    changes = compare(covered, rows)
+    print(f"\nagainst {options.baseline}: {len(changes)} changes")
+    print_changes(changes)
+    versions = {row["triton"] for row in covered} - {row["triton"] for row in rows}
+    if versions:
+        print(f"the baseline is of triton {', '.join(versions)}")
+    return int(any(change.fails for change in changes))
+
+
+def _model(options, rows):
+    from . import time_model
+
+    estimates = time_model.estimate()
+    if options.model:
+        print()
+        time_model.print_model(estimates, measured=options.measured)
+    if options.picture:
+        from . import audit_picture
+
+        audit_picture.draw(rows, estimates).savefig(options.picture, dpi=150)
+
+
+def _sweep(options):
+    from . import sweep
+
+    for name in options.cases:
+        for target in options.targets:
+            print(f"\n{options.sweep}, {name}, {target}, modelled with the rates of an H100")
+            sweep.print_trials(sweep.sweep(options.sweep, cases()[name], target), target)
+    return 0

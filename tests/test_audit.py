@@ -1,0 +1,216 @@
+"""The audit on kernels with known properties, its comparison with a baseline, and the bars that the committed rows meet.
+
+Run as a script this file compiles KERNELS, below, and prints what the audit says of them as JSON. That needs a process of its
+own: TRITON_INTERPRET, which the other tests rely on, breaks compilation.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lsh_kernels import audit
+
+if __name__ == "__main__":
+    import torch
+    import triton
+    import triton.language as tl
+
+    from lsh_kernels import offline
+
+    @triton.jit
+    def gather_kernel(x_ptr, index_ptr, out_ptr, row_stride, column_stride, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+        rows, columns = tl.arange(0, BLOCK), tl.arange(0, 64)
+        index = tl.load(index_ptr + rows)
+        ptrs = x_ptr + index[:, None] * row_stride + columns[None, :] * column_stride
+        if MASKED:
+            x = tl.load(ptrs, mask=(index >= 0)[:, None], other=0.0)
+        else:
+            x = tl.load(ptrs)
+        tl.store(out_ptr + rows[:, None] * 64 + columns[None, :], x)
+
+    @triton.jit
+    def walk_kernel(x_ptr, y_ptr, out_ptr, n, M: tl.constexpr, PRECISION: tl.constexpr):
+        rows, columns = tl.arange(0, M), tl.arange(0, 64)
+        x = tl.load(x_ptr + rows[:, None] * 64 + columns[None, :])
+        acc = tl.zeros([M, 64], tl.float32)
+        for i in range(n):
+            y = tl.load(y_ptr + i * 4096 + columns[:, None] * 64 + columns[None, :])
+            acc = tl.dot(x, y, acc, input_precision=PRECISION)
+        tl.store(out_ptr + rows[:, None] * 64 + columns[None, :], acc)
+
+    @triton.jit
+    def crowded_kernel(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
+        rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + rows[:, None] * BLOCK + columns[None, :])
+        total = tl.sum(x, 1)
+        y = tl.load(y_ptr + rows)
+        tl.store(out_ptr + rows[:, None] * BLOCK + columns[None, :], x * (total + y)[:, None])
+
+    @triton.jit
+    def broken_kernel(x_ptr, BLOCK: tl.constexpr):
+        tl.store(x_ptr + tl.arange(0, BLOCK), tl.zeros([2 * BLOCK], tl.float32))
+
+    def tensor(dtype=torch.float16):
+        return torch.empty(4096, dtype=dtype, device="meta")
+
+    def gather(column_stride=1, block=64, masked=False):
+        gather_kernel[(7,)](tensor(), tensor(torch.int32), tensor(), 64, column_stride, BLOCK=block, MASKED=masked)
+
+    def walk(dtype=torch.float16, m=64, precision="ieee", num_stages=2):
+        x = tensor(dtype)
+        walk_kernel[(7,)](x, x, tensor(torch.float32), 10, M=m, PRECISION=precision, num_stages=num_stages)
+
+    def crowded(num_warps, block=128):
+        x = tensor(torch.float32)
+        crowded_kernel[(1,)](x, x, x, BLOCK=block, num_warps=num_warps)
+
+    KERNELS = {
+        "gather": gather,
+        "gather of strided columns": lambda: gather(column_stride=3),
+        "gather, masked": lambda: gather(masked=True),
+        "gather of 128 rows": lambda: gather(block=128),
+        "dot": walk,
+        "dot of 128 rows": lambda: walk(m=128),
+        "dot in IEEE fp32": lambda: walk(torch.float32),
+        "dot in TF32": lambda: walk(torch.float32, precision="tf32"),
+        "dot, 32 stages": lambda: walk(num_stages=32),
+        "few registers": lambda: crowded(num_warps=16),
+        "broken": lambda: broken_kernel[(1,)](tensor(torch.float32), BLOCK=16),
+    }
+    # AMD has 512 vector registers per lane, and warps of 64
+    SPILLS = {"sm_90": lambda: crowded(num_warps=1), "gfx942": lambda: crowded(num_warps=1, block=256)}
+
+    def measure_all(target):
+        for name, launch in (KERNELS | {"spills": SPILLS[target]}).items():
+            with offline.compile_only(target) as launches:
+                launch()
+            (launched,) = launches
+            row = audit.measure(launched, target)
+            if not launched.error:
+                code = offline.inspect(launched.kernel)
+                row["issue"] = [code.total("issue", (trips,)) for trips in range(4)]
+                row["flops"] = [code.total("flops", (trips,)) for trips in range(4)]
+            yield name, row
+
+    print(json.dumps({target: dict(measure_all(target)) for target in sys.argv[1:]}))
+    sys.exit()
+
+
+@functools.cache
+def measured():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, "sm_90", "gfx942"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+TARGETS = ("sm_90", "gfx942")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_audit_finds_spills(target):
+    rows = measured()[target]
+    for what in ("stack", "spill_stores", "spill_loads"):
+        assert rows["few registers"][what] == 0
+    assert rows["spills"]["stack"] > 0 and rows["spills"]["spill_stores"] > 0
+    assert rows["spills"]["spill_loads"] > 0 or target == "gfx942"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_audit_tells_tensor_cores_from_fma(target):
+    rows = measured()[target]
+    for name, row in rows.items():
+        if name.startswith("dot") and not row["error"]:
+            # AMD's tensor cores take float32 as it is
+            by_fma = "IEEE" in name and target == "sm_90"
+            assert (row["tensor"] > 0, row["fma_dots"]) == (not by_fma, by_fma), name
+    assert all(rows[name]["tensor"] == rows[name]["fma_dots"] == 0 for name in ("gather", "few registers"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_audit_counts_flops_per_trip(target):
+    """2 m n k of a tile product, once per trip."""
+    rows = measured()[target]
+    for name, m in (("dot", 64), ("dot of 128 rows", 128)):
+        flops, issue = rows[name]["flops"], rows[name]["issue"]
+        per_trip = {b - a for a, b in zip(flops, flops[1:])}
+        assert per_trip == {2 * m * 64 * 64}, name
+        assert issue[3] - issue[2] == issue[2] - issue[1] > 0
+        assert rows[name]["sass_in_loops"] > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_audit_finds_scalar_gathers(target):
+    rows = measured()[target]
+    assert rows["gather"]["row_load_128_share"] == "1.000"
+    assert rows["gather"]["load_128"] == 64 * 64 * 2 and rows["gather"]["store_128"] == 64 * 64 * 2
+    strided = rows["gather of strided columns"]
+    assert strided["row_load_128_share"] == "0.000"
+    assert strided["load_16"] == 64 * 64 * 2 and strided["load_128"] == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_audit_finds_what_does_not_compile(target):
+    rows = measured()[target]
+    assert "CompilationError" in rows["broken"]["error"]
+    assert "shared memory" in rows["dot, 32 stages"]["error"]
+    assert not any(row["error"] for name, row in rows.items() if name not in ("broken", "dot, 32 stages"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_audit_sees_a_mask_and_a_tile(target):
+    rows = measured()[target]
+    assert rows["gather, masked"]["issue"][0] > rows["gather"]["issue"][0]
+    assert rows["gather of 128 rows"]["load_128"] == 2 * rows["gather"]["load_128"]
+    assert rows["dot of 128 rows"]["issue"][3] > rows["dot"]["issue"][3]
+
+
+GOOD = dict.fromkeys(audit.FIELDS, "0") | {
+    "target": "sm_90", "case": "c", "kernel": "k", "error": "", "tensor": "64", "slots_per_unit": "50.0",
+    "row_load_128_share": "1.000", "registers": "128",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        ({"error": "ptxas gave up"}, "error"),
+        ({"stack": "8"}, "stack"),
+        ({"spill_stores": "1"}, "spill_stores"),
+        ({"spill_loads": "1"}, "spill_loads"),
+        ({"tensor": "0"}, "tensor"),
+        ({"fma_dots": "1"}, "fma_dots"),
+        ({"slots_per_unit": "55.1"}, "slots_per_unit"),
+        ({"row_load_128_share": "0.500"}, "row_load_128_share"),
+    ],
+)
+def test_audit_baseline_catches(change, what):
+    (found,) = [change for change in audit.compare([GOOD], [GOOD | change]) if change.fails]
+    assert (found.what, found.kernel) == (what, "k")
+    # what the baseline has already is accepted, and mending it is no failure
+    assert not audit.compare([GOOD | change], [GOOD | change]) or what == "error"
+    assert not any(change.fails for change in audit.compare([GOOD | change], [GOOD]))
+
+
+def test_audit_baseline_lets_small_changes_pass():
+    changes = audit.compare([GOOD], [GOOD | {"slots_per_unit": "54.9", "registers": "140", "tensor": "32"}])
+    assert {change.what for change in changes} == {"slots_per_unit", "registers", "tensor"}
+    assert not any(change.fails for change in changes)
+
+
+def test_audit_baseline_judges_new_kernels():
+    new = GOOD | {"kernel": "new"}
+    assert not any(change.fails for change in audit.compare([GOOD], [GOOD, new]))
+    for fault in ({"stack": "8"}, {"error": "ptxas gave up"}, {"fma_dots": "1"}):
+        assert any(change.fails for change in audit.compare([GOOD], [GOOD, new | fault]))
+    (gone,) = audit.compare([GOOD, new], [GOOD])
+    assert gone.after == "gone" and not gone.fails
+
+
+def test_audit_csv_round_trips(tmp_path):
+    audit.write_csv(tmp_path / "rows.csv", [GOOD])
+    assert audit.read_csv(tmp_path / "rows.csv") == [GOOD]
