@@ -110,7 +110,8 @@ def span_interval(slots, end, first, last, r, L, S, BEFORE: tl.constexpr, AFTER:
         window = tl.minimum(MODE.WINDOW, S)
         lo, hi = end - 1 - window, end + window
     elif MODE.SPAN == "bucket":
-        lo, hi = first, last
+        # bounds of all slots together are scalars
+        lo, hi = tl.zeros_like(slots) + first, tl.zeros_like(slots) + last
     elif MODE.WRAP:
         n_all = MODE.R * tl.cdiv(L, MODE.CHUNK)
         chunk = r * tl.cdiv(L, MODE.CHUNK) + slots // MODE.CHUNK

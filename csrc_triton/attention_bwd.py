@@ -374,7 +374,7 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
         }
     keys = query if shared else key
     k_order = state.q_order if state.k_order is None else state.k_order
-    tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode)
+    tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode, in_place)
     keep = dropout_args(o.dropout_p)
     for first_round in range(mode.ROUNDS) if in_place else (0,):
         for part, (n_heads, length, gradients) in parts.items():
@@ -406,16 +406,14 @@ def _prepare(out, dout, lse, dlse, query, padding, norm_eps, shared):
     return stats, inverse_norm
 
 
-def _launch_config(D, Dv, dtype, mode):
+def _launch_config(D, Dv, dtype, mode, in_place):
     """(tile, num_warps, num_stages): two accumulators and the operands of four products live at once, and for dedupe what
     rows see in other rounds, so that tiles are smaller than forward's."""
     block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
     widest = max(block_d, block_dv)
-    block_m = 32 if dtype == torch.float32 or widest > 64 or mode.DEDUPE else 64
-    if mode.DEDUPE and widest > 64 and mode.ROUNDS > 4:
-        block_m = 16
+    block_m = 16 if in_place or (mode.DEDUPE and widest > 64 and mode.ROUNDS > 4) else 32
     # walked queries of separate keys bring two ends per round
-    block_n = 16 if widest > 128 or (mode.DEDUPE and (widest > 64 or not mode.SHARED)) else 32
+    block_n = 16 if widest > 64 or (mode.DEDUPE and not mode.SHARED) else 32
     num_warps = 4
     if mode.DEDUPE and mode.SHARED and widest <= 64 and dtype != torch.float32:
         # two warps repeat less of the rows than four do, where small tiles leave them the registers

@@ -146,7 +146,8 @@ def sum_rounds(ptr, rows, row_mask, n_rows, WIDTH: tl.constexpr, D: tl.constexpr
     acc = tl.zeros([rows.shape[0], BLOCK_D], tl.float32)
     for _ in tl.static_range(R):
         acc += load_rows(ptr, rows, WIDTH, row_mask, D, BLOCK_D).to(tl.float32)
-        ptr += n_rows * WIDTH
+        # n_rows * WIDTH could leave 32 bits
+        rows += n_rows
     return acc
 
 

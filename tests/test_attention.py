@@ -424,6 +424,8 @@ ERRORS = [
     (TypeError, "generator: got int", lambda: lsh_attention(Q, None, Q, generator=3)),
     (ValueError, "backend: got 'cuda'", lambda: lsh_attention(Q, None, Q, backend="cuda")),
     (TypeError, "key: got None", lambda: local_attention(Q, None, Q, window=3)),
+    (ValueError, "value: got .* heads and length of key", lambda: lsh_attention(Q, Q, x(2, 4, 20, 8))),
+    (ValueError, "value: got .* heads and length of key", lambda: local_attention(Q, Q, x(2, 2, 10, 8), window=3)),
     (ValueError, "exactly one", lambda: local_attention(Q, Q, Q)),
     (ValueError, "wrap: got True", lambda: local_attention(Q, Q, Q, window=3, wrap=True)),
     (ValueError, "chunk_length: got 0", lambda: local_attention(Q, Q, Q, chunk_length=0)),

@@ -134,6 +134,15 @@ LAUNCHES = {
         4 * 4096,
     ),
     "attention_bwd-fp16-D128-trax": (lambda: attention_bwd(head_dim=128, causal=False, mask=True, **TRAX), 8 * 4096),
+    "attention_bwd-fp16-D64-no-dedupe-dropout": (
+        lambda: attention_bwd(causal=False, mask=True, dedupe=False, dropout_p=0.1),
+        2 * 4096,
+    ),
+    "attention_bwd-bf16-D128-trax-local-dropout": (
+        lambda: attention_bwd(head_dim=128, dtype=torch.bfloat16, n_hashes=8, local_window=8, dropout_p=0.1, mask=True, **TRAX),
+        8 * 2048,
+    ),
+    "attention_bwd-fp16-D64-separate-bucket": (lambda: attention_bwd(keys="separate", span="bucket"), 2 * 4096),
     "attention_bwd-bf16-D64-grouped": (lambda: attention_bwd(dtype=torch.bfloat16, keys="grouped"), 4 * 4096),
     "attention_bwd-bf16-D64-in-place": (
         lambda: attention_bwd(dtype=torch.bfloat16, n_hashes=2, dedupe=False, in_place=True),

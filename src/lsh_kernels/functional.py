@@ -82,7 +82,7 @@ def lsh_attention(
         raise TypeError(f"config: got {type(config).__name__}, wanted an LSHConfig")
     shared = key is None
     query, key, value = _autocast(query, key, value)
-    _check_tensors(query, query if shared else key, value, key_padding_mask)
+    _check_tensors(query, key, value, key_padding_mask)
     if shared and value.shape[1:3] != query.shape[1:3]:
         raise ValueError(
             f"value: got {tuple(value.shape)} for shared QK (key=None), wanted the heads and length of query {tuple(query.shape)}"
@@ -355,7 +355,9 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x.to(dtype) if cast else x for x, cast in zip(tensors, is_cast))
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
+def _check_tensors(query: Tensor, key: Tensor | None, value: Tensor, key_padding_mask: Tensor | None) -> None:
+    shared = key is None
+    key = query if shared else key
     for name, x in (("query", query), ("key", key), ("value", value)):
         _check_head_tensor(name, x)
         if x.dtype != query.dtype or x.device != query.device:
@@ -365,7 +367,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: 
         raise ValueError(f"key and value: got batch sizes {key.shape[0]} and {value.shape[0]}, wanted {B} as query")
     if key.shape[3] != D:
         raise ValueError(f"key: got head dim {key.shape[3]}, wanted {D} as query")
-    if key is not query and value.shape[1:3] != key.shape[1:3]:
+    if not shared and value.shape[1:3] != key.shape[1:3]:
         raise ValueError(f"value: got {tuple(value.shape)}, wanted the heads and length of key {tuple(key.shape)}")
     if H % key.shape[1]:
         raise ValueError(f"key: got {key.shape[1]} heads, wanted a divisor of query's {H}")
