@@ -415,11 +415,11 @@ def _launch_config(D, Dv, dtype, mode, in_place):
     # walked queries of separate keys bring two ends per round
     block_n = 16 if widest > 64 or (mode.DEDUPE and not mode.SHARED) else 32
     num_warps = 4
-    if mode.DEDUPE and mode.SHARED and widest <= 64 and dtype != torch.float32:
+    if mode.SHARED and widest <= 64 and dtype != torch.float32:
         # two warps repeat less of the rows than four do, where small tiles leave them the registers
         if mode.ROUNDS <= 5 and not mode.DROPOUT:
-            block_n, num_warps = 16, 2
-        elif mode.ROUNDS > 5 and mode.DROPOUT:
+            block_n, num_warps = 16 if mode.DEDUPE else 32, 2
+        elif mode.DEDUPE and mode.ROUNDS > 5 and mode.DROPOUT:
             block_m, block_n, num_warps = 16, 16, 2
     return Tile(D, Dv, block_d, block_dv, block_m, block_n), num_warps, 2
 
