@@ -417,7 +417,7 @@ def _launch_config(D, Dv, dtype, mode, in_place):
     num_warps = 4
     if mode.SHARED and widest <= 64 and dtype != torch.float32:
         # two warps repeat less of the rows than four do, where small tiles leave them the registers
-        if mode.ROUNDS <= 5 and not mode.DROPOUT:
+        if mode.ROUNDS <= 5 and not (mode.DROPOUT or in_place):
             block_n, num_warps = 16 if mode.DEDUPE else 32, 2
         elif mode.DEDUPE and mode.ROUNDS > 5 and mode.DROPOUT:
             block_m, block_n, num_warps = 16, 16, 2
