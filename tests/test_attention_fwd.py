@@ -233,6 +233,7 @@ def test_attention_fwd_of_long_sequences_equals_the_torch_backend(dtype, device)
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 def test_attention_fwd_addresses_its_own_buffers_in_64_bits(device):
     """Partial results of more than 2^31 elements: the last head is what it is alone."""
     problem = Problem(device, causal=True, R=4, D=64, L=2**17, H=66, n_buckets=4096, chunk_length=64, dtype=torch.float16)

@@ -173,6 +173,7 @@ def test_bucket_sort_of_long_sequences(L, n_buckets, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("n_buckets", [64, 32_768])
 def test_bucket_sort_addresses_in_64_bits_and_takes_the_longest_length(n_buckets, device):
     buckets = torch.randint(n_buckets, (1, 3, 43, 2**24), device=device, dtype=torch.int32)

@@ -123,6 +123,7 @@ def far_apart(x, dim, path):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("memory")
 def test_combine_rounds_addresses_its_outputs_in_64_bits(device):
     B, H, R, L, Dv = 1, 33, 2, 2**20, 64
     out = torch.randn(B, H, R, 1, Dv, device=device).half().expand(B, H, R, L, Dv)
