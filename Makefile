@@ -47,7 +47,7 @@ offline:
 test-gpu: offline  ## on a GPU machine, offline: the tests that need a GPU
 	$(PYTHON) -m pytest -m gpu
 
-bench-gpu: offline  ## on a GPU machine, offline: GPU tests, all suites, report, within ten minutes, into $(OUT) (out/gpu)
+bench-gpu: offline  ## on a GPU machine, offline: GPU tests, all suites, report, within ten minutes, into $(OUT); ARGS="--commit ABC"
 	$(PYTHON) bench/gpu.py --out $(OUT) $(ARGS)
 
 rehearse-gpu: install  ## bench-gpu on a CPU with interpreted kernels and tiny sizes, into out/rehearsal
@@ -55,6 +55,7 @@ rehearse-gpu: install  ## bench-gpu on a CPU with interpreted kernels and tiny s
 	$(BIN)/python bench/gpu.py --rehearse --out out/rehearsal $(ARGS)
 
 gpu-wheels: install  ## fetch the peers that a GPU machine lacks, for bench-gpu, into gpu-wheels/
+	rm -rf gpu-wheels
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt --dest gpu-wheels $(GPU_WHEELS)
 
 demo: install  ## train a small language model with exact and with LSH attention, print a table, draw a picture

@@ -1,7 +1,7 @@
 """`python -m lsh_kernels bench`: measures attention, its stages and its peers, and appends rows to bench/results/<machine>.csv.
 
-Suites and, in them, cases run in order of importance; Ctrl-C or a spent budget keeps what was measured. A provider that is absent
-or fails leaves a row that says why.
+In a suite the most important cases come first; suites take turns, eight cases each, and what is longer than 128K comes last.
+Ctrl-C or a spent budget keeps what was measured. A provider that is absent or fails leaves a row that says why.
 """
 
 from __future__ import annotations
@@ -14,19 +14,30 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from cases import FIELDS, Settings
-from report import crossovers
-from timing import Budget, BudgetSpentError, machine_name, measure, own_peak_mib, provenance
+from cases import FIELDS, AbsentError, Settings
+from report import KEY, crossovers
+from timing import (
+    DEVICE_LOST,
+    LOST,
+    Budget,
+    BudgetSpentError,
+    DeviceLostError,
+    machine_name,
+    measure,
+    own_peak_mib,
+    provenance,
+)  # fmt: skip
 from tqdm import tqdm
 
 FOLDER = Path(__file__).parent
 # most important first
 SUITES = ("attention", "stages", "memory", "reversible", "feedforward")
 SHAPE = ("batch", "heads", "head_dim", "n_hashes", "chunk_length")
+TURN, LATE = 8, 2**17
 
 
 def main(argv=None) -> int:
-    """Measure what the options say. Returns 0; after Ctrl-C 130, with every row measured so far written."""
+    """Measure what the options say. Returns 0; after Ctrl-C 130, if the GPU was lost 3; rows measured so far are written."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = _parse(argv)
     settings = settings_of(options)
@@ -42,23 +53,30 @@ def main(argv=None) -> int:
         suites = {suite: [(i, only(case, options.providers)) for i, case in cases] for suite, cases in suites.items()}
     facts = provenance(settings, options.commit)
     out = options.out or FOLDER / "results" / f"{machine_name(settings.device)}.csv"
+    cases = in_turns([(suite, index, case) for suite, found in suites.items() for index, case in found])
+    if options.resume:
+        there = rows_of(out)
+        cases = [(suite, index, what_is_left(suite, case, facts, there)) for suite, index, case in cases]
+        cases = [found for found in cases if found[2].builds]
     budget, rows, status = Budget(options.budget), [], 0
     with open_rows(out) as file:
         writer = csv.DictWriter(file, FIELDS)
         try:
-            for suite, cases in suites.items():
-                for index, case in tqdm(cases, desc=suite):
+            for suite, index, case in tqdm(cases, desc=", ".join(suites)):
 
-                    def emit(provider, numbers, suite=suite, case=case):
-                        rows.append(row_of(suite, case, provider, numbers, facts))
-                        writer.writerow(rows[-1])
-                        file.flush()
-                        tqdm.write(line_of(rows[-1]), file=sys.stderr)
+                def emit(provider, numbers, suite=suite, case=case):
+                    rows.append(row_of(suite, case, provider, numbers, facts))
+                    writer.writerow(rows[-1])
+                    file.flush()
+                    tqdm.write(line_of(rows[-1]), file=sys.stderr)
 
-                    child = [str(FOLDER), *argv, "--suite", suite, "--peak", str(index)]
-                    measure(case, settings, budget, emit, options.seconds, child)
+                child = [str(FOLDER), *argv, "--suite", suite, "--peak", str(index)]
+                measure(case, settings, budget, emit, options.seconds, child)
         except BudgetSpentError:
             print(f"the budget of {options.budget} s is spent", file=sys.stderr)
+        except DeviceLostError:
+            print(f"{rows[-1]['reason']}; --resume goes on after it", file=sys.stderr)
+            status = DEVICE_LOST
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = 130
@@ -78,6 +96,7 @@ def _parse(argv):
     parser.add_argument("--quick", action="store_true", help="fewer lengths, runs and cases")
     parser.add_argument("--out", type=Path, help="a CSV file to append to (default: bench/results/<machine>.csv)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing new after so long")
+    parser.add_argument("--resume", action="store_true", help="only what --out has no row of")
     parser.add_argument(
         "--seconds", type=float, help="of the runs of one case on a CPU (default: 20, with --quick 3; 0: one run)"
     )
@@ -100,6 +119,32 @@ def _parse(argv):
     return options
 
 
+def in_turns(cases):
+    """(suite, index, case), sorted: suites take turns, `TURN` cases each; what is longer than `LATE` comes last, by length."""
+
+    def place(found):
+        _, index, case = found
+        return (case.row["L"], 0) if case.row["L"] > LATE else (0, index // TURN)
+
+    return sorted(cases, key=place)
+
+
+def what_is_left(suite, case, facts, there):
+    """The case without the providers that it has a row of; one that lost the GPU is absent from then on."""
+
+    def absent():
+        raise AbsentError("lost the GPU before")
+
+    done = {tuple(row[name] for name in KEY) for row in there}
+    culprits = {row["provider"] for row in there if row["reason"].startswith(LOST)}
+    builds = {
+        name: absent if name in culprits else build
+        for name, build in case.builds.items()
+        if tuple(row_of(suite, case, name, {}, facts)[field] for field in KEY) not in done
+    }
+    return replace(case, builds=builds)
+
+
 def only(case, providers):
     return replace(case, builds={name: build for name, build in case.builds.items() if name in providers})
 
@@ -114,18 +159,24 @@ def settings_of(options) -> Settings:
     return Settings(options.device, getattr(torch, dtype), tuple(sorted(lengths)), options.quick, **shape)
 
 
+def rows_of(path) -> list[dict]:
+    """The rows of a CSV with all of `FIELDS`, empty where it has fewer."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [dict.fromkeys(FIELDS, "") | row for row in csv.DictReader(file)]
+
+
 def open_rows(path):
     """Open a CSV for appending rows of `FIELDS`; a file with fewer fields gets the new ones, empty, in its old rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = []
+    old = rows_of(path)
     if path.exists():
         with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames == FIELDS:
+            if next(csv.reader(file), None) == FIELDS:
                 return path.open("a", newline="")
-            old = list(reader)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="")
+        writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(old)
     return path.open("a", newline="")

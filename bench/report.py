@@ -1,7 +1,7 @@
 """`make report`: tables and pictures of the rows in bench/results, the tables into README.md between its two markers.
 
-Of rows that measured the same thing on the same machine the last one counts. What did not run is
-listed with its reason.
+Of rows that measured the same thing on the same machine the last one counts, and where the shapes or dtypes of a machine's rows
+differ, those measured last. What did not run is listed with its reason.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ LINES = [
     {"color": grey, "linestyle": line, "marker": marker, "markerfacecolor": "white" if i % 2 else grey, "markersize": 5}
     for i, (grey, line, marker) in enumerate(
         zip(
-            ["0", "0", "0.35", "0.35", "0.35", "0.35", "0.55", "0.55", "0.55"],
-            ["-", "--", ":", "-.", ":", "-.", "-", "--", ":"],
-            "osv^Dx<>P",
+            ["0", "0", "0.35", "0.35", "0.35", "0.35", "0.55", "0.55", "0.55", "0.2", "0.2", "0.2"],
+            ["-", "--", ":", "-.", ":", "-.", "-", "--", ":", "-.", "-", "--"],
+            "osv^Dx<>P*hp",
         )
     )
 ]
@@ -130,12 +130,22 @@ def origins(rows):
     return f"Rows run on a CPU: {cpus}. Rows run on a GPU: {gpus}. Rows modelled: none."
 
 
+def latest(rows, varying):
+    """The rows of the last one's shape and dtype, but for the fields that vary."""
+    fixed = [name for name in ("dtype", "B", "H", "L", "D", "R", "C", "embed_dim") if name not in varying]
+    return [row for row in rows if all(row[name] == rows[-1][name] for name in fixed)]
+
+
 def select(rows, value, by="L", **wanted):
     """{provider: {L, or another field: number}} of the rows that ran and have these fields."""
+    rows = [
+        row
+        for row in rows
+        if row["status"] == "ok" and row.get(value) and all(row[name] == want for name, want in wanted.items())
+    ]
     found = {}
-    for row in rows:
-        if row["status"] == "ok" and row.get(value) and all(row[name] == want for name, want in wanted.items()):
-            found.setdefault(row["provider"], {})[int(row[by])] = float(row[value])
+    for row in latest(rows, {by, "B"} if wanted.get("regime") == "tokens" else {by}):
+        found.setdefault(row["provider"], {})[int(row[by])] = float(row[value])
     return {provider: dict(sorted(points.items())) for provider, points in found.items()}
 
 
@@ -226,7 +236,7 @@ def tables(rows):
     peaks = {mode: found for mode in MODES if (found := peaks_of(rows, mode))}
     if peaks:
         text += ["Its extra peak memory, MiB by length:", "", *columns_of(peaks)]
-    stages = [row for row in rows if row["suite"] == "stages" and row["status"] == "ok"]
+    stages = latest([row for row in rows if row["suite"] == "stages" and row["status"] == "ok"], {"L"})
     if stages:
         longest = max(int(row["L"]) for row in stages)
         cells = [
@@ -380,7 +390,7 @@ def draw(rows, folder):
     panels("memory", [(mode, peaks_of(rows, mode), "extra peak MiB", "length") for mode in MODES])
     memory, _, drift = reversible_parts(rows)
     panels("reversible", [("memory of a step", memory, "extra peak MiB", "depth"), ("drift", drift, DRIFT, "depth")])
-    bars = [row for row in rows if row["status"] == "ok" and row["roofline"]]
+    bars = latest([row for row in rows if row["status"] == "ok" and row["roofline"]], {"L"})
     longest = max((int(row["L"]) for row in bars), default=0)
     bars = {f"{row['op']} {row['provider']}": row for row in bars if int(row["L"]) == longest}
     if bars:

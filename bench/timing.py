@@ -1,7 +1,8 @@
 """Measures cases, and the machine: seconds of calls, extra peak memory, rates of a large copy and a large matmul.
 
-On a GPU `triton.testing.do_bench` times one provider after the other, the L2 cache flushed before each run. On a CPU a round
-runs each provider of a case once, so that a drift of the machine meets all of them.
+On a GPU `triton.testing.do_bench` times one provider after the other, the L2 cache flushed before each run; a call of over
+15 ms, to which that cache is nothing, runs three times, one of over a second once. On a CPU a round runs each provider of a
+case once, so that a drift of the machine meets all of them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,20 @@ from lsh_kernels.demo import machine, peak, start_of_peak
 from lsh_kernels.functional import triton_problem
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
+# ms of a call on a GPU
+LONG, VERY_LONG = 15, 1000
+# where the GPU answers nothing more: exit status, start of the reason
+DEVICE_LOST, LOST = 3, "the GPU was lost: "
+
+_FAILED_GRAPHS = []
 
 
 class BudgetSpentError(Exception):
     """The time budget is spent; what was measured is written."""
+
+
+class DeviceLostError(Exception):
+    """The GPU answers nothing more in this process; what was measured is written."""
 
 
 class Budget:
@@ -36,8 +47,11 @@ class Budget:
     def __init__(self, seconds=None):
         self.end = math.inf if seconds is None else time.monotonic() + seconds
 
+    def is_spent(self):
+        return time.monotonic() >= self.end
+
     def check(self):
-        if time.monotonic() >= self.end:
+        if self.is_spent():
             raise BudgetSpentError
 
 
@@ -51,7 +65,7 @@ def measure(case, settings, budget, emit, seconds, child):
         child: command of a process that prints the peak of one provider of this case, for measure="memory" on a CPU.
 
     Raises:
-        BudgetSpentError, KeyboardInterrupt: after what was measured is emitted.
+        BudgetSpentError, DeviceLostError, KeyboardInterrupt: after what was measured is emitted.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads or threads)
@@ -61,7 +75,7 @@ def measure(case, settings, budget, emit, seconds, child):
         elif case.measure == "drift":
             _each(case, budget, emit, lambda name: {"drift": case.builds[name]()()})
         elif settings.device.type == "cuda":
-            _each(case, budget, emit, lambda name: _time_on_gpu(case, name))
+            _each(case, budget, emit, lambda name: _time_on_gpu(case, name, budget))
         else:
             _alternate(case, budget, emit, seconds)
     finally:
@@ -82,11 +96,21 @@ def _each(case, budget, emit, numbers):
         budget.check()
         try:
             result = {"status": "ok", **numbers(name)}
+        except BudgetSpentError:
+            raise
         except Exception as error:
             result = _failure(error)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        lost = False
+        if torch.cuda.is_initialized():
+            try:
+                # after an illegal access every call raises, until the process ends
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                lost, result = True, {"status": "failed", "reason": f"{LOST}{result.get('reason') or error}"[:160]}
         emit(name, result)
+        if lost:
+            raise DeviceLostError
 
 
 def _alternate(case, budget, emit, seconds):
@@ -130,23 +154,22 @@ def _spread(ms):
     }  # fmt: skip
 
 
-def _time_on_gpu(case, name):
+def _time_on_gpu(case, name, budget):
     from triton.testing import do_bench
 
     call = case.builds[name]()
     call()
-    if case.measure == "graph":
-        call = _captured(call)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    first = start.elapsed_time(end)
-    if first > 200:
-        # do_bench runs a call at least seven times
-        return _spread([first, *_events(call, MIN_ROUNDS - 1)])
-    return _spread(do_bench(call, warmup=10, rep=60, return_mode="all"))
+    torch.cuda.synchronize()
+    budget.check()
+    # a graph reads the memory of the inputs that the call keeps
+    run = _captured(call) if case.measure == "graph" else call
+    times = _events(run, 1)
+    if times[0] > LONG:
+        # do_bench runs a call at least eight times
+        while len(times) < MIN_ROUNDS and times[0] <= VERY_LONG and not budget.is_spent():
+            times += _events(run, 1)
+        return _spread(times)
+    return _spread(do_bench(run, warmup=10, rep=60, return_mode="all"))
 
 
 def _events(call, n):
@@ -163,14 +186,24 @@ def _events(call, n):
 
 def _captured(call):
     """The call as a CUDA graph: what is left when launches wait for nothing on the host."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         call()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except Exception as error:
+        # else its stream stays the current one, and every later draw of random numbers raises: the generator still awaits the
+        # capture's end; the allocator still asks the graph
+        _FAILED_GRAPHS.append(graph)
+        torch.cuda.set_stream(current)
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(torch.Generator(generator.device))
+        # the capture's end raises as well, and says less
+        raise error.__context__ or error from None
     return graph.replay
 
 

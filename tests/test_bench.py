@@ -2,11 +2,15 @@
 
 import csv
 import importlib.util
+import re
 import subprocess
 import sys
 import time
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +20,15 @@ sys.path.insert(0, str(BENCH))
 
 import attention as attention_suite  # noqa: E402
 import feedforward  # noqa: E402
+import gpu  # noqa: E402
 import memory  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import reversible  # noqa: E402
 import stages  # noqa: E402
+import timing  # noqa: E402
 from cases import FIELDS, AbsentError, Case, Settings  # noqa: E402
-from timing import Budget, BudgetSpentError, measure  # noqa: E402
+from timing import Budget, BudgetSpentError, DeviceLostError, measure  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("bench_main", BENCH / "__main__.py")
 bench = importlib.util.module_from_spec(spec)
@@ -132,6 +138,107 @@ def test_bench_keeps_what_was_measured(name):
     rows, raised = measured(Case({}, {"whole": lambda: lambda: None, "half": counting(3, stop)}), budget)
     assert raised is (KeyboardInterrupt if name == "interrupt" else BudgetSpentError)
     assert rows["whole"]["runs"] == 2 and rows["half"]["runs"] == (1 if name == "interrupt" else 2)
+
+
+def test_bench_goes_on_after_a_capture_that_failed(monkeypatch):
+    """Fakes in place of CUDA. After such a failure torch's stream is the capture's, and its generator refuses to draw."""
+
+    class Capture:
+        def __init__(self, graph):
+            pass
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *raised):
+            raise RuntimeError("the end of the capture")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    streams, states = [], []
+    generator = SimpleNamespace(device="cpu", graphsafe_set_state=states.append)
+    for name, fake in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda other: nullcontext(),
+        "CUDAGraph": object, "graph": Capture, "set_stream": streams.append, "current_device": lambda: 0,
+        "default_generators": [generator],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def stop():
+        raise RuntimeError("a sync within the capture")
+
+    with pytest.raises(RuntimeError, match="a sync within the capture"):
+        timing._captured(counting(2, stop)())
+    assert streams == [stream] and isinstance(states[0], torch.Generator)
+
+
+def test_bench_stops_where_the_device_is_lost(monkeypatch):
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    rows, raised = measured(Case({}, {"culprit": lambda: lost, "next": lambda: lambda: 1}, measure="drift"))
+    assert raised is DeviceLostError
+    assert rows == {"culprit": {"status": "failed", "reason": f"{timing.LOST}an illegal memory access was encountered"}}
+
+
+def test_bench_spends_no_more_than_three_calls_on_a_long_one(monkeypatch):
+    """Times in ms; the first of the runs warms up."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for ms, wanted in ((40, 3), (2000, 1)):
+        runs = []
+
+        def events(call, n, ms=ms):
+            call()
+            return [ms]
+
+        monkeypatch.setattr(timing, "_events", events)
+        case = Case({}, {"it": lambda runs=runs: lambda: runs.append(1)})
+        assert timing._time_on_gpu(case, "it", Budget())["runs"] == wanted and len(runs) == 1 + wanted
+
+
+def test_bench_graph_keeps_the_inputs_that_it_reads(monkeypatch):
+    class Inputs:
+        pass
+
+    def build():
+        inputs = Inputs()
+        alive.append(weakref.ref(inputs))
+        return lambda: inputs and None
+
+    def events(run, n):
+        assert alive[-1]() is not None
+        return [2000]
+
+    alive = []
+    for name, fake in {"_captured": lambda call: lambda: None, "_events": events}.items():
+        monkeypatch.setattr(timing, name, fake)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    timing._time_on_gpu(Case({}, {"it": build}, measure="graph"), "it", Budget())
+    assert len(alive) == 1
+
+
+def test_bench_takes_turns_and_leaves_the_longest_for_the_end():
+    cases = [(suite, i, Case({"L": 2**i}, {})) for suite in ("attention", "stages") for i in range(20)]
+    found = [(suite, i) for suite, i, _ in bench.in_turns(cases)]
+    wanted = [(suite, i) for turn in (range(8), range(8, 16), range(16, 18)) for suite in ("attention", "stages") for i in turn]
+    assert found == wanted + [(suite, i) for i in (18, 19) for suite in ("attention", "stages")]
+
+
+def test_bench_resumes_with_what_has_no_row(tmp_path):
+    out, options = tmp_path / "rows.csv", ["--suite", "attention", "--quick", "--providers", "SDPA flash", "lsh_kernels torch"]
+    _, rows = run(out, *options)
+    assert run(out, *options, "--resume")[1] == rows
+    lost = rows[0] | {"provider": "lsh_kernels torch", "status": "failed", "reason": f"{timing.LOST}illegal access"}
+    out.unlink()
+    rows_csv(out, [lost, rows[1]])
+    _, again = run(out, *options, "--resume")
+    assert len(again) == len(rows)
+    for row in again[2:]:
+        if row["provider"] == "lsh_kernels torch":
+            assert (row["status"], row["reason"]) == ("absent", "lost the GPU before")
+        else:
+            assert row["status"] == "ok"
 
 
 def test_bench_command_keeps_rows_when_interrupted(tmp_path, monkeypatch):
@@ -438,6 +545,21 @@ def test_bench_report_takes_the_last_row_of_each_kind(tmp_path):
     assert times["lsh_kernels torch"] == {1024: 5, 4096: 8}
 
 
+def test_bench_report_has_a_line_of_its_own_for_every_peer():
+    assert len({(line["linestyle"], line["marker"]) for line in report.LINES}) >= len(peers.PEERS | peers.VARIANTS)
+
+
+def test_bench_report_does_not_mix_shapes(tmp_path):
+    """Of two head dims in one CSV the tables show the one measured last, at all its lengths."""
+    other = [row | {"D": 128, "ms_p50": 7} for row in sample_rows()[:4:2]]
+    rows_csv(tmp_path / "box.csv", other + [row | {"D": 64} for row in sample_rows()[:4]])
+    times = report.select(report.load(tmp_path), "ms_p50", suite="attention")
+    assert times == {"lsh_kernels torch": {1024: 2, 4096: 8}, "SDPA math": {1024: 1, 4096: 16}}
+    rows_csv(tmp_path / "box.csv", other[:1])
+    times = report.select(report.load(tmp_path), "ms_p50", suite="attention")
+    assert times == {"lsh_kernels torch": {1024: 7}, "SDPA math": {1024: 7}}
+
+
 def test_bench_report_reads_the_rows_that_are_committed():
     rows = report.load(BENCH / "results")
     assert {"lsh_kernels torch", "SDPA flash"} <= {row["provider"] for row in rows}
@@ -451,10 +573,10 @@ def test_bench_report_refuses_a_text_without_markers(tmp_path):
         report.write(readme, "text")
 
 
-def rehearse(out, *options):
+def rehearse(out, *options, cwd=None):
     """(status, output) of the one-call version, rehearsed in a process of its own."""
     command = [sys.executable, BENCH / "gpu.py", "--rehearse", "--out", out, *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd)
     return done.returncode, done.stdout
 
 
@@ -508,3 +630,23 @@ def test_bench_gpu_stops_when_a_test_fails(tmp_path):
         and "test_broken.py::test_broken" in said
     )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.log", "tests.log"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_bench_gpu_goes_on_if_the_tests_take_too_long_and_none_failed(fails, tmp_path):
+    (tmp_path / "test_slow.py").write_text(
+        f"import time\n\ndef test_first():\n    assert {not fails}\n\ndef test_slow():\n    time.sleep(60)\n"
+    )
+    options = ["--test-budget", "10", "--budget", "0", "--tests", str(tmp_path / "test_slow.py"), "-p", "no:cacheprovider"]
+    status, said = rehearse("out", *options, cwd=tmp_path)
+    assert status == (1 if fails else 0), said
+    assert ("the tests failed, nothing was timed" in said) == fails
+    assert ("the tests did not end in time; none of those that ran failed" in said) == (not fails)
+    assert (tmp_path / "out" / "report.md").exists() == (not fails)
+
+
+def test_bench_gpu_says_what_it_ran_without_git(monkeypatch):
+    monkeypatch.setattr(gpu, "machine", lambda: {"commit": None})
+    assert re.fullmatch(r"unknown, sources [0-9a-f]{12}", gpu._commit())
+    monkeypatch.setattr(gpu, "machine", lambda: {"commit": "abc"})
+    assert gpu._commit() == "abc"
