@@ -76,7 +76,7 @@ def flex(shape):
         raise AbsentError("on a CPU FlexAttention has no backward, and uncompiled it is dense")
     from torch.nn.attention.flex_attention import flex_attention
 
-    # each length may be compiled anew, by default eight of them; without fullgraph what is not compiled would run, dense
+    # modes, lengths and batches may need more than the default of eight; without fullgraph what is not compiled runs dense
     torch._dynamo.config.recompile_limit = 64
     mask, attend = sliding_window(shape), torch.compile(flex_attention, fullgraph=True)
     return lambda query, key, value: attend(query, key, value, block_mask=mask)

@@ -545,6 +545,13 @@ def test_bench_report_takes_the_last_row_of_each_kind(tmp_path):
     assert times["lsh_kernels torch"] == {1024: 5, 4096: 8}
 
 
+def test_bench_report_takes_all_batches_of_a_fixed_number_of_tokens(tmp_path):
+    rows = [row | {"regime": "tokens", "B": 4096 // row["L"]} for row in sample_rows()[:2]]
+    rows_csv(tmp_path / "box.csv", rows)
+    times = report.select(report.load(tmp_path), "ms_p50", suite="attention", regime="tokens")
+    assert times == {"lsh_kernels torch": {1024: 2, 4096: 8}}
+
+
 def test_bench_report_has_a_line_of_its_own_for_every_peer():
     assert len({(line["linestyle"], line["marker"]) for line in report.LINES}) >= len(peers.PEERS | peers.VARIANTS)
 
