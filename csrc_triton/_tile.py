@@ -90,6 +90,13 @@ def unmarked(stretched):
 
 
 @triton.jit
+def bucket_of(shift, stretch):
+    """shift / stretch, a bucket id < 2^23 times the stretch. Exact: in float32 the quotient is off by far less than a half,
+    and the conversion takes a tenth of the instructions of an integer division."""
+    return (shift.to(tl.float32) * (1.0 / stretch) + 0.5).to(tl.int32)
+
+
+@triton.jit
 def is_within(x, lo, width):
     """lo <= x < lo + width by one unsigned compare."""
     return (x - lo).to(tl.uint32) < width.to(tl.uint32)
@@ -140,7 +147,7 @@ def query_interval(
         stretch = tl.minimum(MODE.WINDOW, S) + 1
         shift = unmarked(tl.load(q_stretched_ptr + row * L + q_pos, mask=slot_mask, other=0)) - slots
         if MODE.SHARED:
-            bucket = tl.where(slot_mask, shift // stretch, 0)
+            bucket = tl.where(slot_mask, bucket_of(shift, stretch), 0)
             limits_ptrs = limits_ptr + (row * (n_buckets + 1) + bucket) * 2
             first = tl.load(limits_ptrs, mask=slot_mask, other=0)
             last = tl.load(limits_ptrs + 1, mask=slot_mask, other=0)
@@ -177,7 +184,7 @@ def key_interval(slots, k_pos, slot_mask, r, row, stretched_ptr, limits_ptr, L, 
     start = slots + 1 if MODE.SHARED else slots
     if MODE.SHARED and MODE.WITHIN_BUCKET:
         stretch = tl.minimum(MODE.WINDOW, S) + 1
-        bucket = (unmarked(tl.load(stretched_ptr + row * L + k_pos, mask=slot_mask, other=0)) - slots) // stretch
+        bucket = bucket_of(unmarked(tl.load(stretched_ptr + row * L + k_pos, mask=slot_mask, other=0)) - slots, stretch)
         bucket = tl.where(slot_mask, bucket, 0)
         limits_ptrs = limits_ptr + (row * (n_buckets + 1) + bucket) * 2
         first = tl.load(limits_ptrs, mask=slot_mask, other=0)
@@ -247,70 +254,58 @@ def dedupe_reach(S, MODE: tl.constexpr):
 
 
 @triton.jit
-def earlier_intervals(q_pos, row_mask, r, pid_bh, coords_ptr, limits_ptr, L, S, MODE: tl.constexpr):
-    """What queries see in the rounds before r, in coordinates of keys: starts, and widths if these differ (tuples).
-    Rounds that are not before r get an interval that holds nothing."""
-    los, widths = (), ()
-    if MODE.DEDUPE:
-        for e in tl.static_range(MODE.ROUNDS - 1):
-            mask = row_mask & (q_pos < tl.where(r > e, FAR, -FAR))
-            offs = (pid_bh * MODE.R + e) * L + q_pos
-            if MODE.SHARED:
-                before, _ = dedupe_reach(S, MODE)
-                # no coordinate reaches 2^30
-                lo = tl.load(coords_ptr + offs, mask=mask, other=1073741824)
-                los += ((unmarked(lo) if e == 0 else lo) - before,)
-            else:
-                los += (tl.load(limits_ptr + offs * 2, mask=mask, other=0),)
-                widths += (tl.load(limits_ptr + offs * 2 + 1, mask=mask, other=0),)
-    return los, widths
+def earlier_intervals(q_pos, row_mask, r, pid_bh, limits_ptr, L, MODE: tl.constexpr):
+    """What queries of separate keys see in the rounds before r, in coordinates of keys: negated starts, and widths
+    (tuples). Rounds that are not before r get an interval that holds nothing."""
+    negated_los, widths = (), ()
+    for e in tl.static_range(MODE.ROUNDS - 1):
+        mask = row_mask & (q_pos < tl.where(r > e, FAR, -FAR))
+        limits_ptrs = limits_ptr + ((pid_bh * MODE.R + e) * L + q_pos) * 2
+        negated_los += (-tl.load(limits_ptrs, mask=mask, other=0),)
+        widths += (tl.load(limits_ptrs + 1, mask=mask, other=0),)
+    return negated_los, widths
 
 
 @triton.jit
-def earlier_coords(k_pos, k_mask, r, pid_kv, coords_ptr, S, MODE: tl.constexpr):
-    """Coordinates of keys in the rounds before r (a tuple); what stands for other rounds meets no interval."""
+def earlier_coords(pos, mask, pid_bh, coords_ptr, L, MODE: tl.constexpr):
+    """Coordinates of rows in all rounds that may come before another (a tuple)."""
     coords = ()
-    if MODE.DEDUPE:
-        for e in tl.static_range(MODE.ROUNDS - 1):
-            mask = k_mask & (k_pos < tl.where(r > e, FAR, -FAR))
-            coord = tl.load(coords_ptr + (pid_kv * MODE.R + e) * S + k_pos, mask=mask, other=0)
-            # marks are in the first round alone
-            coords += (unmarked(coord) if e == 0 else coord,)
+    for e in tl.static_range(MODE.ROUNDS - 1):
+        coord = tl.load(coords_ptr + (pid_bh * MODE.R + e) * L + pos, mask=mask, other=0)
+        # marks are in the last hash round alone
+        coords += (unmarked(coord) if e == MODE.R - 1 else coord,)
     return coords
 
 
 @triton.jit
-def own_earlier_coords(k_pos, k_mask, r, pid_kv, coords_ptr, S, MODE: tl.constexpr):
-    """`earlier_coords` of the keys that a program owns. With shared QK queries are walked by `earlier_coords` as well, so
-    their reach goes here, and rounds that are not before r get a coordinate that nobody sees."""
-    coords = earlier_coords(k_pos, k_mask, r, pid_kv, coords_ptr, S, MODE)
-    if MODE.SHARED and MODE.DEDUPE:
-        before, _ = dedupe_reach(S, MODE)
-        reached = ()
-        for e in tl.static_range(MODE.ROUNDS - 1):
-            # no coordinate reaches 2^30
-            reached += (tl.where(r > e, coords[e] + before, -1073741824),)
-        coords = reached
-    return coords
+def negated_coords(pos, mask, r, reach, pid_bh, coords_ptr, L, MODE: tl.constexpr):
+    """`reach` less the coordinates of rows of shared QK in the rounds before r (a tuple); for other rounds so little that
+    no coordinate, added to it, makes 0."""
+    coords, negated = earlier_coords(pos, mask, pid_bh, coords_ptr, L, MODE), ()
+    for e in tl.static_range(MODE.ROUNDS - 1):
+        # coordinates stay below 2^30
+        negated += (tl.where(r > e, reach - coords[e], -1073741824),)
+    return negated
 
 
 @triton.jit
-def is_first_round(los, widths, coords, S, MODE: tl.constexpr, KEYS_FIRST: tl.constexpr = False):
-    """Mask [queries, keys] (KEYS_FIRST: [keys, queries]) of the pairs that no round before has."""
-    Q: tl.constexpr = 0 if KEYS_FIRST else 1
+def is_first_round(own, walked, widths, S, MODE: tl.constexpr, OWN_WIDTHS: tl.constexpr = True):
+    """Mask [own rows, walked rows] of the pairs that no round before has: coordinates of the ones, negated coordinates or
+    starts of intervals of the others. The sum of both is one instruction with the minimum that takes it. widths: with
+    separate keys, of the queries, which own the tile (OWN_WIDTHS) or are walked."""
     if MODE.SHARED:
         _, width = dedupe_reach(S, MODE)
         near = tl.full([1, 1], 4294967295, tl.uint32)
+        for e in tl.static_range(MODE.ROUNDS - 1):
+            near = tl.minimum(near, (walked[e][None, :] + own[e][:, None]).to(tl.uint32))
+        first_mask = near >= width.to(tl.uint32)
     else:
-        near = tl.full([1, 1], 0, tl.int1)
-    for e in tl.static_range(MODE.ROUNDS - 1):
-        coord = tl.expand_dims(coords[e], 1 - Q)
-        distance = (coord - tl.expand_dims(los[e], Q)).to(tl.uint32)
-        if MODE.SHARED:
-            near = tl.minimum(near, distance)
-        else:
-            near |= distance < tl.expand_dims(widths[e], Q).to(tl.uint32)
-    return near >= width.to(tl.uint32) if MODE.SHARED else ~near
+        seen_mask = tl.full([1, 1], 0, tl.int1)
+        for e in tl.static_range(MODE.ROUNDS - 1):
+            width = tl.expand_dims(widths[e], 1 if OWN_WIDTHS else 0)
+            seen_mask |= (walked[e][None, :] + own[e][:, None]).to(tl.uint32) < width.to(tl.uint32)
+        first_mask = ~seen_mask
+    return first_mask
 
 
 @triton.jit

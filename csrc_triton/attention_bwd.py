@@ -16,7 +16,9 @@ import triton.language as tl
 from ._tile import (
     FAR,
     Tile,
+    bucket_of,
     ceil_div,
+    dedupe_reach,
     dropout_args,
     dropout_keep,
     earlier_coords,
@@ -26,8 +28,8 @@ from ._tile import (
     key_interval,
     load_rows,
     mode_of,
+    negated_coords,
     next_power_of_2,
-    own_earlier_coords,
     position_mask,
     query_interval,
     slot_positions,
@@ -95,7 +97,7 @@ def count_queries(
         slots = count + tl.arange(0, BLOCK) * step
         slot_mask = slots < L
         pos = tl.load(order_ptr + slots, mask=slot_mask, other=0)
-        q_bucket = (unmarked(tl.load(stretched_ptr + pos, mask=slot_mask, other=0)) - slots) // stretch
+        q_bucket = bucket_of(unmarked(tl.load(stretched_ptr + pos, mask=slot_mask, other=0)) - slots, stretch)
         end = tl.load(limits_ptr + pos * 2, mask=slot_mask, other=0)
         if not OF_STARTS:
             end += tl.load(limits_ptr + pos * 2 + 1, mask=slot_mask, other=0)
@@ -113,7 +115,7 @@ def search_queries(
 ):  # fmt: skip
     """[lo, hi) of the query slots of a round that see any of the keys with these stretched slots. row: (b, h, r)."""
     stretch = tl.minimum(MODE.WINDOW, S) + 1
-    bucket = (stretched - slots) // stretch
+    bucket = bucket_of(stretched - slots, stretch)
     # the bucket of padding comes last and nobody sees it
     real_mask = slot_mask & (bucket < n_buckets)
     order_ptr += row * L
@@ -177,7 +179,7 @@ def _attention_bwd_kernel(
     group = H // HKV
     h_kv = h_own if PART == "keys" else h_own // group
     pid_kv = b * HKV + h_kv
-    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    offs_n, offs_d, offs_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     col_mask, v_col_mask = offs_d < TILE.D, offs_dv < TILE.DV
 
     slots = (pid % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -201,7 +203,12 @@ def _attention_bwd_kernel(
         if MODE.SHARED:
             own_inverse_norm = tl.load(inverse_norm_ptr + pid_own * L + pos, mask=row_mask, other=0.0)
             key_scale *= own_inverse_norm
-        own_coords = own_earlier_coords(pos, row_mask, r, pid_kv, coords_ptr, S, MODE)
+        if MODE.DEDUPE:
+            if MODE.SHARED:
+                before, width = dedupe_reach(S, MODE)
+                own = negated_coords(pos, row_mask, r, width - 1 - before, pid_kv, coords_ptr, S, MODE)
+            else:
+                own = earlier_coords(pos, row_mask, pid_kv, coords_ptr, S, MODE)
         lo, hi = key_interval(slots, pos, hashed_mask, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
         hi = tl.where(used_mask, hi, lo)
         if SEARCHED:
@@ -222,7 +229,7 @@ def _attention_bwd_kernel(
             first, last = walk_range(lo, hi)
             order_ptr = q_order_ptr + (pid_bh * MODE.R + order_round) * L
             for start in range(first, last, BLOCK_N):
-                q_slots = start + tl.arange(0, BLOCK_N)
+                q_slots = start + offs_n
                 q_mask = q_slots < last
                 q_pos = slot_positions(q_slots, q_mask, r, order_ptr, L, MODE)
                 q_used_mask = q_mask
@@ -237,7 +244,7 @@ def _attention_bwd_kernel(
                 lse = tl.load(stats_ptrs, mask=q_mask, other=float("inf"))
                 delta = tl.load(stats_ptrs + 1, mask=q_mask, other=0.0)
 
-                valid_mask = is_within(q_slots[None, :], lo[:, None], (hi - lo)[:, None])  # [M, N]
+                valid_mask = is_within(offs_n[None, :], (lo - start)[:, None], (hi - lo)[:, None])  # [M, N]
                 if SEARCHED:
                     # the local round is left to its slots
                     q_hashed_mask = q_mask & (q_slots < tl.where(r < MODE.R, FAR, -FAR))
@@ -248,10 +255,10 @@ def _attention_bwd_kernel(
                 valid_mask = position_mask(valid_mask, pos[:, None], q_pos[None, :], MODE)
                 if MODE.DEDUPE:
                     if MODE.SHARED:
-                        los, widths = earlier_coords(q_pos, q_mask, r, pid_bh, coords_ptr, L, MODE), ()
+                        walked, widths = earlier_coords(q_pos, q_mask, pid_bh, coords_ptr, L, MODE), ()
                     else:
-                        los, widths = earlier_intervals(q_pos, q_mask, r, pid_bh, coords_ptr, limits_ptr, L, S, MODE)
-                    valid_mask &= is_first_round(los, widths, own_coords, S, MODE, KEYS_FIRST=True)
+                        walked, widths = earlier_intervals(q_pos, q_mask, r, pid_bh, limits_ptr, L, MODE)
+                    valid_mask &= is_first_round(own, walked, widths, S, MODE, OWN_WIDTHS=False)
                 logits = tl.dot(own_k, tl.trans(q), input_precision="ieee") * key_scale[:, None]
                 probs = recompute_probs(logits, valid_mask, lse[None, :])  # [M, N]
                 dprobs = tl.dot(own_v, tl.trans(dout), input_precision="ieee")
@@ -286,23 +293,29 @@ def _attention_bwd_kernel(
         stats_ptrs = stats_ptr + (pid_own * L + pos) * 2
         own_lse = tl.load(stats_ptrs, mask=row_mask, other=float("inf"))
         own_delta = tl.load(stats_ptrs + 1, mask=row_mask, other=0.0)
-        own_los, own_widths = earlier_intervals(pos, row_mask, r, pid_own, coords_ptr, limits_ptr, L, S, MODE)
+        seen, seen_widths = (), ()
+        if MODE.DEDUPE:
+            if MODE.SHARED:
+                before, _ = dedupe_reach(S, MODE)
+                seen = negated_coords(pos, row_mask, r, before, pid_own, coords_ptr, L, MODE)
+            else:
+                seen, seen_widths = earlier_intervals(pos, row_mask, r, pid_own, limits_ptr, L, MODE)
         order_ptr = k_order_ptr + (pid_kv * MODE.R + order_round) * S
         for start in range(first, last, BLOCK_N):
-            k_slots = start + tl.arange(0, BLOCK_N)
+            k_slots = start + offs_n
             k_mask = k_slots < last
             k_pos = slot_positions(k_slots, k_mask, r, order_ptr, L, MODE)
             if CHECK_PADDING:
                 k_mask &= tl.load(padding_ptr + b * S + k_pos, mask=k_mask, other=1) == 0
-                # a slot that no interval holds
-                k_slots = tl.where(k_mask, k_slots, -FAR)
             k = load_rows(k_ptr, k_pos, k_strides[2], k_mask, TILE.D, BLOCK_D)  # [N, BLOCK_D]
             v = load_rows(v_ptr, k_pos, v_strides[2], k_mask, TILE.DV, BLOCK_DV)  # [N, BLOCK_DV]
-            valid_mask = is_within(k_slots[None, :], lo[:, None], (hi - lo)[:, None])  # [M, N]
+            valid_mask = is_within(offs_n[None, :], (lo - start)[:, None], (hi - lo)[:, None])  # [M, N]
             valid_mask = position_mask(valid_mask, k_pos[None, :], pos[:, None], MODE)
+            if CHECK_PADDING:
+                valid_mask &= k_mask[None, :]
             if MODE.DEDUPE:
-                coords = earlier_coords(k_pos, k_mask, r, pid_kv, coords_ptr, S, MODE)
-                valid_mask &= is_first_round(own_los, own_widths, coords, S, MODE)
+                coords = earlier_coords(k_pos, k_mask, pid_kv, coords_ptr, S, MODE)
+                valid_mask &= is_first_round(seen, coords, seen_widths, S, MODE)
             logits = tl.dot(own_q, tl.trans(k), input_precision="ieee")
             if MODE.SHARED:
                 inverse_norm = tl.load(inverse_norm_ptr + pid_own * L + k_pos, mask=k_mask, other=0.0)

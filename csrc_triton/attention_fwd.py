@@ -9,7 +9,9 @@ import triton.language as tl
 from ._tile import (
     FAR,
     Tile,
+    bucket_of,
     ceil_div,
+    dedupe_reach,
     dropout_args,
     dropout_keep,
     earlier_coords,
@@ -17,6 +19,7 @@ from ._tile import (
     is_first_round,
     is_within,
     mode_of,
+    negated_coords,
     next_power_of_2,
     online_softmax,
     position_mask,
@@ -60,7 +63,7 @@ def _attention_fwd_kernel(
     hkv = (h if MODE.SHARED else h // (H // HKV)).to(tl.int64)
     b, h = b.to(tl.int64), h.to(tl.int64)
     pid_bh, pid_kv = b * H + h, b * HKV + hkv
-    offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    offs_n, offs_d, offs_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     col_mask, v_col_mask = offs_d < TILE.D, offs_dv < TILE.DV
 
     slots = (pid - pid_bhr * n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -86,7 +89,13 @@ def _attention_fwd_kernel(
         q_mask &= tl.load(padding_ptr + b * S + q_pos, mask=row_mask, other=1) == 0
     q_ptrs = q_ptr + b * q_strides[0] + h * q_strides[1] + q_pos.to(tl.int64)[:, None] * q_strides[2] + offs_d[None, :]
     q = tl.load(q_ptrs, mask=q_mask[:, None] & col_mask[None, :], other=0.0)  # [M, BLOCK_D]
-    seen_lo, seen_width = earlier_intervals(q_pos, row_mask, r, pid_bh, coords_ptr, limits_ptr, L, S, MODE)
+    seen, seen_widths = (), ()
+    if MODE.DEDUPE:
+        if MODE.SHARED:
+            before, _ = dedupe_reach(S, MODE)
+            seen = negated_coords(q_pos, row_mask, r, before, pid_bh, coords_ptr, L, MODE)
+        else:
+            seen, seen_widths = earlier_intervals(q_pos, row_mask, r, pid_bh, limits_ptr, L, MODE)
 
     if MODE.HASHED:
         # with wrap slots count through all rounds
@@ -97,13 +106,11 @@ def _attention_fwd_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for start in range(first, last, BLOCK_N):
-        k_slots = start + tl.arange(0, BLOCK_N)
+        k_slots = start + offs_n
         k_mask = k_slots < last
         k_pos = slot_positions(k_slots, k_mask, r, k_order_ptr, L, MODE)
         if CHECK_PADDING:
             k_mask &= tl.load(padding_ptr + b * S + k_pos, mask=k_mask, other=1) == 0
-            # a slot that no interval holds
-            k_slots = tl.where(k_mask, k_slots, -FAR)
         k_rows = k_pos.to(tl.int64)
         k_ptrs = k_ptr + k_rows[:, None] * k_strides[2] + offs_d[None, :]
         k = tl.load(k_ptrs, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [N, BLOCK_D]
@@ -115,11 +122,13 @@ def _attention_fwd_kernel(
         else:
             logits *= logit_scale
 
-        valid_mask = is_within(k_slots[None, :], lo[:, None], (hi - lo)[:, None])
+        valid_mask = is_within(offs_n[None, :], (lo - start)[:, None], (hi - lo)[:, None])
         valid_mask = position_mask(valid_mask, k_pos[None, :], q_pos[:, None], MODE)
+        if CHECK_PADDING:
+            valid_mask &= k_mask[None, :]
         if MODE.DEDUPE:
-            coords = earlier_coords(k_pos, k_mask, r, pid_kv, coords_ptr, S, MODE)
-            valid_mask &= is_first_round(seen_lo, seen_width, coords, S, MODE)
+            coords = earlier_coords(k_pos, k_mask, pid_kv, coords_ptr, S, MODE)
+            valid_mask &= is_first_round(seen, coords, seen_widths, S, MODE)
         logits = tl.where(valid_mask, logits, float("-inf"))
         probs, m_i, l_i, acc = online_softmax(logits, m_i, l_i, acc)
         if MODE.DROPOUT:
@@ -155,7 +164,7 @@ def _bucket_bounds_kernel(
     coords = slots // MODE.CHUNK if MODE.SPAN == "chunk" else tl.zeros_like(slots)
     if MODE.WITHIN_BUCKET:
         stretch = tl.minimum(MODE.WINDOW, L) + 1
-        bucket = (unmarked(tl.load(stretched_ptr + row * L + pos, mask=slot_mask, other=0)) - slots) // stretch
+        bucket = bucket_of(unmarked(tl.load(stretched_ptr + row * L + pos, mask=slot_mask, other=0)) - slots, stretch)
         prev_mask = slot_mask & (slots > 0)
         prev_pos = tl.load(order_ptr + row * L + slots - 1, mask=prev_mask, other=0)
         prev = unmarked(tl.load(stretched_ptr + row * L + prev_pos, mask=prev_mask, other=0))
@@ -192,7 +201,7 @@ def _stretched_intervals_kernel(
     if MODE.WITHIN_BUCKET:
         stretch = tl.minimum(MODE.WINDOW, S) + 1
         shift = unmarked(tl.load(q_stretched_ptr + row * L + pos, mask=slot_mask, other=0)) - slots
-        bounds_ptrs = bounds_ptr + (k_row * (n_buckets + 1) + tl.where(slot_mask, shift // stretch, 0)) * 2
+        bounds_ptrs = bounds_ptr + (k_row * (n_buckets + 1) + tl.where(slot_mask, bucket_of(shift, stretch), 0)) * 2
         first = tl.load(bounds_ptrs, mask=slot_mask, other=0)
         last = tl.load(bounds_ptrs + 1, mask=slot_mask, other=0)
         # key j of the bucket counts as not after i if j * L <= i * S; positions ascend in it
@@ -256,7 +265,7 @@ def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inv
             with a contiguous last dimension.
         key_padding_mask: [B, S] bool, True = ignore, or None. seed: int64 [1], for options.dropout_p > 0.
         state: the sorted orders, `q_order`, `q_stretched` [B, H, R, L] and for separate keys `k_order`, `k_stretched`
-            [B, Hkv, R, S], int32 contiguous. Queries without any target but themselves are marked (~t) in the first
+            [B, Hkv, R, S], int32 contiguous. Queries without any target but themselves are marked (~t) in the last
             round of `q_stretched`.
         options: an `AttentionOptions`.
         inverse_norm: [B, H, L] float32, 1 / norm of shared keys, 0 for zero and for padded rows; computed here if None.

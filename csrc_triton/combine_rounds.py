@@ -20,7 +20,7 @@ class SelfOnly(NamedTuple):
     padding: torch.Tensor | None  # contiguous
     seed: torch.Tensor | None
     inverse_norm: torch.Tensor | None
-    q_stretched: torch.Tensor  # such queries are marked in its first round
+    q_stretched: torch.Tensor  # such queries are marked in its last round
     scale: float
     dropout_p: float
 
@@ -132,7 +132,7 @@ def _combine_rounds_fwd_kernel(
             k_ptrs = k_ptr + b * k_strides[0] + hkv * k_strides[1] + offs_m[:, None] * k_strides[2] + offs_qk[None, :]
             own_logit = tl.sum(q * tl.load(k_ptrs, mask=qk_mask, other=0.0).to(tl.float32), 1) * scale
         total = tl.where(alone_mask, own_logit, total)
-        stretched_ptrs = stretched_ptr + pid_bh * SELF.R_HASHED * L + offs_m
+        stretched_ptrs = stretched_ptr + (pid_bh * SELF.R_HASHED + SELF.R_HASHED - 1) * L + offs_m
         stretched = tl.load(stretched_ptrs, mask=alone_mask, other=0)
         tl.store(stretched_ptrs, ~unmarked(stretched), mask=alone_mask)
     combined_ptrs = combined_ptr + offs_row[:, None] * DV + offs_d[None, :]
@@ -169,7 +169,7 @@ def load_alone(ptr, strides, b, h, rows, alone_mask, D: tl.constexpr, BLOCK_D: t
 def own_dlogit(dlse_ptr, stretched_ptr, pid_bh, rows, row_mask, L, scale, SELF: tl.constexpr):
     """(mask of the queries that attend only themselves, gradient of their q.k: lse is scale * q.k and a constant)."""
     # rows >= L are masked where SELF, for then L = S
-    stretched = tl.load(stretched_ptr + pid_bh * SELF.R_HASHED * L + rows, mask=row_mask, other=0)
+    stretched = tl.load(stretched_ptr + (pid_bh * SELF.R_HASHED + SELF.R_HASHED - 1) * L + rows, mask=row_mask, other=0)
     alone_mask = row_mask & (stretched < 0)
     dlogit = tl.zeros([rows.shape[0]], tl.float32)
     if SELF.HAS_DLSE:

@@ -110,7 +110,7 @@ class SortedRounds:
     """What forward leaves for backward, besides its tensors: per round the sorted orders of queries and of separate keys.
 
     `order` [B,H,R,L] int32: slot -> position. `stretched` [B,H,R,L] int32: position -> t = slot + bucket * stretch, which
-    fixes slot and bucket; ~t in the first round of a query whose only target is itself. Keys: [B,Hkv,R,S], or None if shared.
+    fixes slot and bucket; ~t in the last round of a query whose only target is itself. Keys: [B,Hkv,R,S], or None if shared.
     """
 
     q_order: Tensor
@@ -392,8 +392,8 @@ def attention_fwd(
             rows_alone = _Alone(heads, alone)
             combined[rows_alone.index] = rows_alone.merge(rows_alone.value() * rows_alone.keep(), combined)
             total[rows_alone.index] = rows_alone.merge(rows_alone.logit() - (1e5 if tensors.shared else 0), total)
-            first_round = state.q_stretched[heads.b, heads.heads, 0]
-            first_round.copy_(torch.where(alone, ~first_round, first_round))
+            last_round = state.q_stretched[heads.b, heads.heads, -1]
+            last_round.copy_(torch.where(alone, ~last_round, last_round))
         out[heads.b, heads.heads] = combined
         lse[heads.b, heads.heads] = total
     return out, lse
@@ -494,7 +494,7 @@ def attention_bwd(
         dk = _sum_rounds(dk_axis, k_places).mul_(options.scale)  # [n, S, D]
         dv = _sum_rounds(dv_axis, k_places)  # [n, S, Dv]
         if tensors.attends_self:
-            _Alone(heads, state.q_stretched[b, own, 0] < 0).add_gradients(d_out, d_lse, dq, dk, dv)
+            _Alone(heads, state.q_stretched[b, own, -1] < 0).add_gradients(d_out, d_lse, dq, dk, dv)
         if shared:
             # k = q / |q|, so the gradient through k loses its part along k
             k = query[b, own].to(dtype) * heads.inverse_norm.unsqueeze(-1)
