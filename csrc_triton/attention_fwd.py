@@ -18,6 +18,7 @@ from ._tile import (
     earlier_intervals,
     is_first_round,
     is_within,
+    log2_of,
     mode_of,
     negated_coords,
     next_power_of_2,
@@ -77,7 +78,15 @@ def _attention_fwd_kernel(
         if MODE.LOCAL_WINDOW:
             q_pos = tl.where(slots < n_hashed, q_pos, slots)
     lo, hi = query_interval(slots, q_pos, slots < n_hashed, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
-    first, last = walk_range(lo, hi)
+    if MODE.SHARED:
+        ends = tl.minimum((pid - pid_bhr * n_tiles) * BLOCK_M + tl.arange(0, 32) % 2 * (BLOCK_M - 1), L - 1)
+        e_pos = ends
+        if MODE.HASHED:
+            e_pos = tl.load(q_order_ptr + row * L + ends, mask=ends < n_hashed, other=0)
+        e_lo, e_hi = query_interval(ends, e_pos, ends < n_hashed, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
+        first, last = tl.min(e_lo, 0), tl.max(e_hi, 0)
+    else:
+        first, last = walk_range(lo, hi)
     if not MODE.SHARED and not MODE.WRAP:
         # on a fixed grid of keys a row does not depend on which other queries are in its tile, and these may be padding
         first = first // BLOCK_N * BLOCK_N
@@ -116,11 +125,8 @@ def _attention_fwd_kernel(
         k = tl.load(k_ptrs, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [N, BLOCK_D]
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MODE.SHARED:
-            # unit keys: the norm goes where the scale has to go anyway, once per key
             inverse_norm = tl.load(inverse_norm_ptr + pid_bh * L + k_pos, mask=k_mask, other=0.0)
-            logits *= (inverse_norm * logit_scale)[None, :]
-        else:
-            logits *= logit_scale
+            logits *= inverse_norm[None, :]
 
         valid_mask = is_within(offs_n[None, :], (lo - start)[:, None], (hi - lo)[:, None])
         valid_mask = position_mask(valid_mask, k_pos[None, :], q_pos[:, None], MODE)
@@ -130,7 +136,7 @@ def _attention_fwd_kernel(
             coords = earlier_coords(k_pos, k_mask, pid_kv, coords_ptr, S, MODE)
             valid_mask &= is_first_round(seen, coords, seen_widths, S, MODE)
         logits = tl.where(valid_mask, logits, float("-inf"))
-        probs, m_i, l_i, acc = online_softmax(logits, m_i, l_i, acc)
+        probs, m_i, l_i, acc = online_softmax(logits, logit_scale, m_i, l_i, acc)
         if MODE.DROPOUT:
             keep_mask = dropout_keep(seed_ptr, k_pos[None, :], q_pos[:, None], h, b, keep_from)
             probs = tl.where(keep_mask, probs, 0.0)
@@ -142,7 +148,7 @@ def _attention_fwd_kernel(
     l_finite = tl.where(alive_mask, l_i, 1.0)
     out = acc * ((keep_scale if MODE.DROPOUT else 1.0) / l_finite)[:, None]
     offs_out = (pid_bh * MODE.ROUNDS + r) * L + q_pos
-    tl.store(lse_ptr + offs_out, (m_i + tl.log2(l_finite)) * _LN_2, mask=row_mask)
+    tl.store(lse_ptr + offs_out, (m_i * logit_scale + log2_of(l_finite)) * _LN_2, mask=row_mask)
     out_ptrs = out_ptr + offs_out[:, None] * TILE.DV + offs_dv[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=alive_mask[:, None] & v_col_mask[None, :])
 
