@@ -12,6 +12,8 @@ from ._tile import (
     bucket_of,
     ceil_div,
     dedupe_reach,
+    divide,
+    divisor,
     dropout_args,
     dropout_keep,
     earlier_coords,
@@ -37,15 +39,15 @@ _LOG2_E = math.log2(math.e)
 _LN_2 = tl.constexpr(math.log(2))
 
 
-@triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets", "keep_from"])
+@triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets", "by_tiles", "by_heads", "keep_from"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr,                      # inputs   [B, H, L, D], [B, HKV, S, D], [B, HKV, S, DV]
     inverse_norm_ptr, padding_ptr, seed_ptr,  #          [B, H, L] if shared, [B, S], [1]
     q_order_ptr, q_stretched_ptr,             #          [B, H, R, L]
     k_order_ptr, coords_ptr, limits_ptr,      #          [B, HKV, R, S] twice, and see query_interval
     out_ptr, lse_ptr,                         # outputs  [B, H, ROUNDS, L, DV], [B, H, ROUNDS, L]
-    q_strides, k_strides, v_strides, H, HKV, L, S, n_buckets, logit_scale, keep_from, keep_scale,
-    MODE: tl.constexpr, TILE: tl.constexpr,
+    q_strides, k_strides, v_strides, H, HKV, L, S, n_buckets, by_tiles, by_heads,
+    logit_scale, keep_from, keep_scale, MODE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program owns TILE.M query slots of one round and walks the key slots that any of them sees, TILE.N at a time.
     Rows are gathered by the orders and results scattered to positions. Rows of `out` without any key are not written.
@@ -56,10 +58,9 @@ def _attention_fwd_kernel(
     BLOCK_DV: tl.constexpr = TILE.BLOCK_DV
     pid = tl.program_id(0)
     n_tiles = tl.cdiv(L, BLOCK_M)
-    # divided before they are widened: a 64-bit division takes a hundred instructions
-    pid_bhr = pid // n_tiles
+    pid_bhr = divide(pid, by_tiles)
     r = pid_bhr % MODE.ROUNDS
-    b = pid_bhr // MODE.ROUNDS // H
+    b = divide(pid_bhr // MODE.ROUNDS, by_heads)
     h = pid_bhr // MODE.ROUNDS - b * H
     hkv = (h if MODE.SHARED else h // (H // HKV)).to(tl.int64)
     b, h = b.to(tl.int64), h.to(tl.int64)
@@ -294,10 +295,11 @@ def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inv
     tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode.DEDUPE)
     keys = query if shared else key
     keep_from, keep_scale = dropout_args(o.dropout_p)
-    _attention_fwd_kernel[(B * H * mode.ROUNDS * ceil_div(L, tile.M),)](
+    n_tiles = ceil_div(L, tile.M)
+    _attention_fwd_kernel[(B * H * mode.ROUNDS * n_tiles,)](
         query, keys, value, inverse_norm, padding, seed,
         state.q_order, state.q_stretched, state.q_order if shared else state.k_order, coords, limits,
-        out, lse, query.stride(), keys.stride(), value.stride(), H, Hkv, L, S, n_buckets,
+        out, lse, query.stride(), keys.stride(), value.stride(), H, Hkv, L, S, n_buckets, divisor(n_tiles), divisor(H),
         o.scale * _LOG2_E, keep_from, keep_scale, MODE=mode, TILE=tile, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if not (o.hashed and L == S):
