@@ -38,6 +38,7 @@ class Mode(NamedTuple):
     CAUSAL: bool
     DROPOUT: bool
     HAS_PADDING: bool
+    NEGATED: bool  # scale < 0
     R: int  # hash rounds
     ROUNDS: int  # all rounds: the local one comes last
 
@@ -55,7 +56,7 @@ def mode_of(options, shared, n_hashes, has_padding):
         SHARED=shared, HASHED=o.hashed, SPAN=o.span, WINDOW=min(o.window, _FAR), CHUNK=chunk,
         BEFORE=min(before, reach), AFTER=min(after, reach), WITHIN_BUCKET=o.hashed and o.within_bucket,
         DEDUPE=o.dedupe and rounds > 1, WRAP=o.wrap, LOCAL_WINDOW=min(o.local_window, _FAR), CAUSAL=o.is_causal,
-        DROPOUT=o.dropout_p > 0, HAS_PADDING=has_padding, R=n_hashes, ROUNDS=rounds,
+        DROPOUT=o.dropout_p > 0, HAS_PADDING=has_padding, NEGATED=o.scale < 0, R=n_hashes, ROUNDS=rounds,
     )  # fmt: skip
 
 
@@ -118,6 +119,16 @@ def is_within(x, lo, width):
 
 
 @triton.jit
+def load_hashed(ptrs, slots, r, MODE: tl.constexpr):
+    """Values of a hashed round, and 0 in the local one: that comes last, is in no order, and nothing is read there."""
+    if MODE.LOCAL_WINDOW:
+        values = tl.load(ptrs, mask=slots < tl.where(r < MODE.R, FAR, -FAR), other=0)
+    else:
+        values = tl.load(ptrs)
+    return values
+
+
+@triton.jit
 def chunk_start(chunk, L, CHUNK: tl.constexpr):
     """First slot of a chunk >= 0 where rounds of L slots, the last chunk of each perhaps short, follow one another."""
     n_chunks = tl.cdiv(L, CHUNK)
@@ -150,7 +161,7 @@ def span_interval(slots, end, first, last, r, L, S, BEFORE: tl.constexpr, AFTER:
 
 @triton.jit
 def query_interval(
-    slots, q_pos, slot_mask, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE: tl.constexpr,
+    slots, q_pos, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE: tl.constexpr,
 ):  # fmt: skip
     """[lo, hi) of key slots of the queries in `slots` of round r, with causality where slots tell it. row: (b, h, r).
 
@@ -160,22 +171,21 @@ def query_interval(
     end = slots if MODE.SHARED else slots + 1
     if MODE.WITHIN_BUCKET:
         stretch = tl.minimum(MODE.WINDOW, S) + 1
-        shift = unmarked(tl.load(q_stretched_ptr + row * L + q_pos, mask=slot_mask, other=0)) - slots
+        shift = unmarked(load_hashed(q_stretched_ptr + row * L + q_pos, slots, r, MODE)) - slots
         if MODE.SHARED:
-            bucket = tl.where(slot_mask, bucket_of(shift, stretch), 0)
+            bucket = bucket_of(shift, stretch)
             limits_ptrs = limits_ptr + (row * (n_buckets + 1) + bucket) * 2
-            first = tl.load(limits_ptrs, mask=slot_mask, other=0)
-            last = tl.load(limits_ptrs + 1, mask=slot_mask, other=0)
+            first, last = load_hashed(limits_ptrs, slots, r, MODE), load_hashed(limits_ptrs + 1, slots, r, MODE)
             lo, hi = span_interval(slots, slots + 1, first, last, r, L, S, MODE.BEFORE, MODE.AFTER, MODE)
             lo, hi = tl.maximum(lo, first), tl.minimum(hi, last)
             if MODE.CAUSAL:
                 hi = tl.minimum(hi, end)
             # the bucket of padding holds no target
-            hi = tl.where(bucket == n_buckets, lo, hi)
+            lo, hi = tl.where(bucket == n_buckets, first, lo), tl.where(bucket == n_buckets, first, hi)
         else:
             limits_ptrs = limits_ptr + (row * L + q_pos) * 2
-            lo = tl.load(limits_ptrs, mask=slot_mask, other=0) - shift
-            hi = lo + tl.load(limits_ptrs + 1, mask=slot_mask, other=0)
+            lo = load_hashed(limits_ptrs, slots, r, MODE) - shift
+            hi = lo + load_hashed(limits_ptrs + 1, slots, r, MODE)
     else:
         lo, hi = span_interval(slots, slots + 1, 0, S, r, L, S, MODE.BEFORE, MODE.AFTER, MODE)
         if not MODE.WRAP:
@@ -187,28 +197,25 @@ def query_interval(
         ahead = end if MODE.CAUSAL else slots + 1 + MODE.LOCAL_WINDOW
         lo = tl.where(is_local, tl.maximum(slots - MODE.LOCAL_WINDOW, 0), lo)
         hi = tl.where(is_local, tl.minimum(ahead, L), hi)
-    empty_mask = (slots >= L) | (hi <= lo)
-    return lo, tl.where(empty_mask, lo, hi)
+    return lo, tl.maximum(lo, hi)
 
 
 @triton.jit
-def key_interval(slots, k_pos, slot_mask, r, row, stretched_ptr, limits_ptr, L, S, n_buckets, MODE: tl.constexpr):
+def key_interval(slots, k_pos, r, row, stretched_ptr, limits_ptr, L, S, n_buckets, MODE: tl.constexpr):
     """[lo, hi) of the query slots of round r that see the keys in `slots`: `query_interval` turned round, chunks before
     for chunks after. Not for hashed rounds of separate keys within buckets, where it depends on the data."""
     # the first query not before the key; strict, it drops self
     start = slots + 1 if MODE.SHARED else slots
     if MODE.SHARED and MODE.WITHIN_BUCKET:
         stretch = tl.minimum(MODE.WINDOW, S) + 1
-        bucket = bucket_of(unmarked(tl.load(stretched_ptr + row * L + k_pos, mask=slot_mask, other=0)) - slots, stretch)
-        bucket = tl.where(slot_mask, bucket, 0)
+        bucket = bucket_of(unmarked(load_hashed(stretched_ptr + row * L + k_pos, slots, r, MODE)) - slots, stretch)
         limits_ptrs = limits_ptr + (row * (n_buckets + 1) + bucket) * 2
-        first = tl.load(limits_ptrs, mask=slot_mask, other=0)
-        last = tl.load(limits_ptrs + 1, mask=slot_mask, other=0)
+        first, last = load_hashed(limits_ptrs, slots, r, MODE), load_hashed(limits_ptrs + 1, slots, r, MODE)
         lo, hi = span_interval(slots, slots + 1, first, last, r, L, S, MODE.AFTER, MODE.BEFORE, MODE)
         lo, hi = tl.maximum(lo, first), tl.minimum(hi, last)
         if MODE.CAUSAL:
             lo = tl.maximum(lo, start)
-        hi = tl.where(bucket == n_buckets, lo, hi)
+        lo, hi = tl.where(bucket == n_buckets, first, lo), tl.where(bucket == n_buckets, first, hi)
     else:
         lo, hi = span_interval(slots, slots + 1, 0, L, r, L, S, MODE.AFTER, MODE.BEFORE, MODE)
         if not MODE.WRAP:
@@ -220,13 +227,12 @@ def key_interval(slots, k_pos, slot_mask, r, row, stretched_ptr, limits_ptr, L, 
         behind = start if MODE.CAUSAL else tl.maximum(slots - MODE.LOCAL_WINDOW, 0)
         lo = tl.where(is_local, behind, lo)
         hi = tl.where(is_local, tl.minimum(slots + 1 + MODE.LOCAL_WINDOW, L), hi)
-    empty_mask = (slots >= S) | (hi <= lo)
-    return lo, tl.where(empty_mask, lo, hi)
+    return lo, tl.maximum(lo, hi)
 
 
 @triton.jit
-def slot_positions(slots, slot_mask, r, order_ptr, L, MODE: tl.constexpr):
-    """Positions of slots of round r. order_ptr: to the order of the round, with wrap to that of the first, for there
+def slot_positions(slots, r, order_ptr, L, MODE: tl.constexpr):
+    """Positions of slots, all of them real ones, of round r. order_ptr: to the order of the round, with wrap to that of the first, for there
     slots count through all rounds."""
     pos = slots
     if MODE.WRAP:
@@ -236,9 +242,7 @@ def slot_positions(slots, slot_mask, r, order_ptr, L, MODE: tl.constexpr):
         if MODE.LOCAL_WINDOW:
             pos = tl.where(slots * 0 + r < MODE.R, pos, slots)
     if MODE.HASHED:
-        # the local round comes last and is in no order: nothing is read there
-        hashed_mask = slot_mask & (slots < tl.where(r < MODE.R, FAR, -FAR))
-        order = tl.load(order_ptr + pos, mask=hashed_mask, other=0)
+        order = load_hashed(order_ptr + pos, slots, r, MODE)
         pos = order
         if MODE.LOCAL_WINDOW:
             pos = tl.where(slots < tl.where(r < MODE.R, FAR, -FAR), order, slots)
@@ -269,34 +273,33 @@ def dedupe_reach(S, MODE: tl.constexpr):
 
 
 @triton.jit
-def earlier_intervals(q_pos, row_mask, r, pid_bh, limits_ptr, L, MODE: tl.constexpr):
+def earlier_intervals(q_pos, r, pid_bh, limits_ptr, L, MODE: tl.constexpr):
     """What queries of separate keys see in the rounds before r, in coordinates of keys: negated starts, and widths
     (tuples). Rounds that are not before r get an interval that holds nothing."""
     negated_los, widths = (), ()
     for e in tl.static_range(MODE.ROUNDS - 1):
-        mask = row_mask & (q_pos < tl.where(r > e, FAR, -FAR))
         limits_ptrs = limits_ptr + ((pid_bh * MODE.R + e) * L + q_pos) * 2
-        negated_los += (-tl.load(limits_ptrs, mask=mask, other=0),)
-        widths += (tl.load(limits_ptrs + 1, mask=mask, other=0),)
+        negated_los += (-tl.load(limits_ptrs),)
+        widths += (tl.where(r > e, tl.load(limits_ptrs + 1), 0),)
     return negated_los, widths
 
 
 @triton.jit
-def earlier_coords(pos, mask, pid_bh, coords_ptr, L, MODE: tl.constexpr):
+def earlier_coords(pos, pid_bh, coords_ptr, L, MODE: tl.constexpr):
     """Coordinates of rows in all rounds that may come before another (a tuple)."""
     coords = ()
     for e in tl.static_range(MODE.ROUNDS - 1):
-        coord = tl.load(coords_ptr + (pid_bh * MODE.R + e) * L + pos, mask=mask, other=0)
+        coord = tl.load(coords_ptr + (pid_bh * MODE.R + e) * L + pos)
         # marks are in the last hash round alone
         coords += (unmarked(coord) if e == MODE.R - 1 else coord,)
     return coords
 
 
 @triton.jit
-def negated_coords(pos, mask, r, reach, pid_bh, coords_ptr, L, MODE: tl.constexpr):
+def negated_coords(pos, r, reach, pid_bh, coords_ptr, L, MODE: tl.constexpr):
     """`reach` less the coordinates of rows of shared QK in the rounds before r (a tuple); for other rounds so little that
     no coordinate, added to it, makes 0."""
-    coords, negated = earlier_coords(pos, mask, pid_bh, coords_ptr, L, MODE), ()
+    coords, negated = earlier_coords(pos, pid_bh, coords_ptr, L, MODE), ()
     for e in tl.static_range(MODE.ROUNDS - 1):
         # coordinates stay below 2^30
         negated += (tl.where(r > e, reach - coords[e], -1073741824),)
@@ -325,10 +328,20 @@ def is_first_round(own, walked, widths, S, MODE: tl.constexpr, OWN_WIDTHS: tl.co
 
 @triton.jit
 def load_rows(ptr, rows, stride, row_mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of D columns as a tile [rows, BLOCK_D], zeros where there is nothing. ptr: to the head."""
+    """Rows of D columns as a tile [rows, BLOCK_D], zeros where there is nothing. ptr: to the head. row_mask may be None."""
     offs_d = tl.arange(0, BLOCK_D)
-    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
-    return tl.load(ptrs, mask=row_mask[:, None] & (offs_d < D)[None, :], other=0.0)
+    mask = (offs_d < D)[None, :]
+    if row_mask is not None:
+        mask = mask & row_mask[:, None]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, rows, tile, row_mask, D: tl.constexpr):
+    """Store the D columns of a tile to contiguous rows."""
+    offs_d = tl.arange(0, tile.shape[1])
+    mask = row_mask[:, None] & (offs_d < D)[None, :]
+    tl.store(ptr + rows[:, None] * D + offs_d[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

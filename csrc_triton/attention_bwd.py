@@ -19,6 +19,8 @@ from ._tile import (
     bucket_of,
     ceil_div,
     dedupe_reach,
+    divide,
+    divisor,
     dropout_args,
     dropout_keep,
     earlier_coords,
@@ -26,6 +28,7 @@ from ._tile import (
     is_first_round,
     is_within,
     key_interval,
+    load_hashed,
     load_rows,
     mode_of,
     negated_coords,
@@ -111,17 +114,18 @@ def count_queries(
 
 @triton.jit
 def search_queries(
-    stretched, slots, slot_mask, row, order_ptr, stretched_ptr, limits_ptr, L, S, n_buckets, MODE: tl.constexpr
+    stretched, slots, r, row, order_ptr, stretched_ptr, limits_ptr, L, S, n_buckets, MODE: tl.constexpr
 ):  # fmt: skip
     """[lo, hi) of the query slots of a round that see any of the keys with these stretched slots. row: (b, h, r)."""
     stretch = tl.minimum(MODE.WINDOW, S) + 1
     bucket = bucket_of(stretched - slots, stretch)
     # the bucket of padding comes last and nobody sees it
-    real_mask = slot_mask & (bucket < n_buckets)
+    real_mask = bucket < n_buckets
     order_ptr += row * L
     stretched_ptr += row * L
     limits_ptr += row * L * 2
-    n_slots = tl.where(tl.max(slot_mask.to(tl.int32), 0) > 0, L, 0)
+    # in the local round there is nothing to search
+    n_slots = tl.where(r < MODE.R, L, 0)
     lowest, lowest_bucket = tl.min(tl.where(real_mask, stretched, 4 * FAR), 0), tl.min(tl.where(real_mask, bucket, FAR), 0)
     highest, highest_bucket = tl.max(tl.where(real_mask, stretched, -1), 0), tl.max(tl.where(real_mask, bucket, -1), 0)
     lo = count_queries(lowest_bucket, lowest, order_ptr, stretched_ptr, limits_ptr, n_slots, stretch, False, 256)
@@ -145,7 +149,7 @@ def store_gradients(ptrs, gradients, mask, first_round, IN_PLACE: tl.constexpr):
     tl.store(ptrs, gradients.to(ptrs.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets", "first_round", "n_rounds", "keep_from"])
+@triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets", "first_round", "n_rounds", "by_tiles", "by_rounds", "by_heads", "keep_from"])
 def _attention_bwd_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr,            # inputs   [B, H, L, D], [B, HKV, S, D], [B, HKV, S, DV], [B, H, L, DV]
     stats_ptr, inverse_norm_ptr,              #          [B, H, L, 2], [B, H, L] if shared
@@ -154,7 +158,7 @@ def _attention_bwd_kernel(
     k_order_ptr, coords_ptr, limits_ptr,      #          [B, HKV, R, S] twice, and see query_interval
     gradients_ptr,                            # output   [B, H or HKV, n_rounds, L or S, columns of PART]
     q_strides, k_strides, v_strides, dout_strides, H, HKV, L, S, n_buckets, first_round, n_rounds,
-    scale, logit_scale, keep_from, keep_scale,
+    by_tiles, by_rounds, by_heads, scale, logit_scale, keep_from, keep_scale,
     MODE: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """One program owns TILE.M slots of one of the rounds first_round + (0 .. n_rounds - 1), gathers their rows and
@@ -173,25 +177,30 @@ def _attention_bwd_kernel(
     pid = tl.program_id(0)
     n_own, n_heads = (S, HKV) if PART == "keys" else (L, H)
     n_tiles = tl.cdiv(n_own, BLOCK_M)
-    r = first_round + pid // n_tiles % n_rounds
-    pid_own = (pid // (n_tiles * n_rounds)).to(tl.int64)
-    b, h_own = pid_own // n_heads, pid_own % n_heads
-    group = H // HKV
-    h_kv = h_own if PART == "keys" else h_own // group
+    pid_row = divide(pid, by_tiles)
+    pid_own = divide(pid_row, by_rounds)
+    r = first_round + pid_row - pid_own * n_rounds
+    b = divide(pid_own, by_heads)
+    h_own = pid_own - b * n_heads
+    group = 1 if MODE.SHARED else H // HKV
+    h_kv = h_own if PART == "keys" or MODE.SHARED else h_own // group
+    tile = pid - pid_row * n_tiles
+    b, h_own, h_kv, pid_own = b.to(tl.int64), h_own.to(tl.int64), h_kv.to(tl.int64), pid_own.to(tl.int64)
     pid_kv = b * HKV + h_kv
     offs_n, offs_d, offs_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     col_mask, v_col_mask = offs_d < TILE.D, offs_dv < TILE.DV
 
-    slots = (pid % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = slots < n_own
-    hashed_mask = slots < tl.where(r < MODE.R, n_own, 0)
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = offs_m < n_own
+    # what is beyond the last slot repeats it, unstored: so no load needs a mask
+    slots = tl.minimum(offs_m, n_own - 1)
     row = pid_own * MODE.R + r
     own_order_ptr = k_order_ptr if PART == "keys" else q_order_ptr
-    pos = slot_positions(slots, row_mask, r, own_order_ptr + row * n_own, L, MODE)
+    pos = slot_positions(slots, r, own_order_ptr + row * n_own, L, MODE)
     gradients_ptr += (pid_own * n_rounds + r - first_round) * n_own * N_COLUMNS
-    used_mask = row_mask
+    used_mask = None
     if CHECK_PADDING and (MODE.SHARED or PART == "keys"):
-        used_mask &= tl.load(padding_ptr + b * S + pos, mask=row_mask, other=1) == 0
+        used_mask = tl.load(padding_ptr + b * S + pos) == 0
     order_round = 0 if MODE.WRAP else r
     k_ptr += b * k_strides[0] + h_kv * k_strides[1]
     v_ptr += b * v_strides[0] + h_kv * v_strides[1]
@@ -201,18 +210,19 @@ def _attention_bwd_kernel(
         own_v = load_rows(v_ptr, pos, v_strides[2], used_mask, TILE.DV, BLOCK_DV)  # [M, BLOCK_DV]
         key_scale = tl.zeros([BLOCK_M], tl.float32) + logit_scale
         if MODE.SHARED:
-            own_inverse_norm = tl.load(inverse_norm_ptr + pid_own * L + pos, mask=row_mask, other=0.0)
+            own_inverse_norm = tl.load(inverse_norm_ptr + pid_own * L + pos)
             key_scale *= own_inverse_norm
         if MODE.DEDUPE:
             if MODE.SHARED:
                 before, width = dedupe_reach(S, MODE)
-                own = negated_coords(pos, row_mask, r, width - 1 - before, pid_kv, coords_ptr, S, MODE)
+                own = negated_coords(pos, r, width - 1 - before, pid_kv, coords_ptr, S, MODE)
             else:
-                own = earlier_coords(pos, row_mask, pid_kv, coords_ptr, S, MODE)
-        lo, hi = key_interval(slots, pos, hashed_mask, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
-        hi = tl.where(used_mask, hi, lo)
+                own = earlier_coords(pos, pid_kv, coords_ptr, S, MODE)
+        lo, hi = key_interval(slots, pos, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
+        if used_mask is not None:
+            hi = tl.where(used_mask, hi, lo)
         if SEARCHED:
-            stretched = tl.load(coords_ptr + row * S + pos, mask=hashed_mask, other=0)
+            stretched = load_hashed(coords_ptr + row * S + pos, slots, r, MODE)
         dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         for g in range(0, 1 if MODE.SHARED else group):
@@ -221,7 +231,7 @@ def _attention_bwd_kernel(
             row_bh = pid_bh * MODE.R + r
             if SEARCHED:
                 found_lo, found_hi = search_queries(
-                    stretched, slots, hashed_mask, row_bh, q_order_ptr, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE
+                    stretched, slots, r, row_bh, q_order_ptr, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE
                 )
                 if MODE.LOCAL_WINDOW:
                     found_lo, found_hi = tl.where(r < MODE.R, found_lo, lo), tl.where(r < MODE.R, found_hi, hi)
@@ -229,35 +239,33 @@ def _attention_bwd_kernel(
             first, last = walk_range(lo, hi)
             order_ptr = q_order_ptr + (pid_bh * MODE.R + order_round) * L
             for start in range(first, last, BLOCK_N):
-                q_slots = start + offs_n
-                q_mask = q_slots < last
-                q_pos = slot_positions(q_slots, q_mask, r, order_ptr, L, MODE)
-                q_used_mask = q_mask
+                q_slots = tl.minimum(start + offs_n, last - 1)
+                q_pos = slot_positions(q_slots, r, order_ptr, L, MODE)
+                q_mask = None
                 if CHECK_PADDING and MODE.SHARED:
                     # a padded query is a row of zeros
-                    q_used_mask &= tl.load(padding_ptr + b * S + q_pos, mask=q_mask, other=1) == 0
+                    q_mask = tl.load(padding_ptr + b * S + q_pos) == 0
                 q_rows_ptr = q_ptr + b * q_strides[0] + h * q_strides[1]
-                q = load_rows(q_rows_ptr, q_pos, q_strides[2], q_used_mask, TILE.D, BLOCK_D)  # [N, BLOCK_D]
+                q = load_rows(q_rows_ptr, q_pos, q_strides[2], q_mask, TILE.D, BLOCK_D)  # [N, BLOCK_D]
                 dout_rows_ptr = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
-                dout = load_rows(dout_rows_ptr, q_pos, dout_strides[2], q_mask, TILE.DV, BLOCK_DV)  # [N, BLOCK_DV]
+                dout = load_rows(dout_rows_ptr, q_pos, dout_strides[2], None, TILE.DV, BLOCK_DV)  # [N, BLOCK_DV]
                 stats_ptrs = stats_ptr + (pid_bh * L + q_pos) * 2
-                lse = tl.load(stats_ptrs, mask=q_mask, other=float("inf"))
-                delta = tl.load(stats_ptrs + 1, mask=q_mask, other=0.0)
+                lse, delta = tl.load(stats_ptrs), tl.load(stats_ptrs + 1)
 
                 valid_mask = is_within(offs_n[None, :], (lo - start)[:, None], (hi - lo)[:, None])  # [M, N]
                 if SEARCHED:
-                    # the local round is left to its slots
-                    q_hashed_mask = q_mask & (q_slots < tl.where(r < MODE.R, FAR, -FAR))
                     limits_ptrs = limits_ptr + (row_bh * L + q_pos) * 2
-                    seen_from = tl.load(limits_ptrs, mask=q_hashed_mask, other=0)
-                    seen_width = tl.load(limits_ptrs + 1, mask=q_hashed_mask, other=1)
+                    seen_from = load_hashed(limits_ptrs, q_slots, r, MODE)
+                    seen_width = load_hashed(limits_ptrs + 1, q_slots, r, MODE)
+                    # the local round is left to its slots
+                    seen_width = tl.where(r < MODE.R, seen_width, FAR)
                     valid_mask &= is_within(stretched[:, None], seen_from[None, :], seen_width[None, :])
                 valid_mask = position_mask(valid_mask, pos[:, None], q_pos[None, :], MODE)
                 if MODE.DEDUPE:
                     if MODE.SHARED:
-                        walked, widths = earlier_coords(q_pos, q_mask, pid_bh, coords_ptr, L, MODE), ()
+                        walked, widths = earlier_coords(q_pos, pid_bh, coords_ptr, L, MODE), ()
                     else:
-                        walked, widths = earlier_intervals(q_pos, q_mask, r, pid_bh, limits_ptr, L, MODE)
+                        walked, widths = earlier_intervals(q_pos, r, pid_bh, limits_ptr, L, MODE)
                     valid_mask &= is_first_round(own, walked, widths, S, MODE, OWN_WIDTHS=False)
                 logits = tl.dot(own_k, tl.trans(q), input_precision="ieee") * key_scale[:, None]
                 probs = recompute_probs(logits, valid_mask, lse[None, :])  # [M, N]
@@ -285,28 +293,26 @@ def _attention_bwd_kernel(
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if PART != "keys":
-        lo, hi = query_interval(slots, pos, hashed_mask, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
+        lo, hi = query_interval(slots, pos, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
         first, last = walk_range(lo, hi)
         own_q = load_rows(q_ptr + b * q_strides[0] + h_own * q_strides[1], pos, q_strides[2], used_mask, TILE.D, BLOCK_D)
         dout_ptr += b * dout_strides[0] + h_own * dout_strides[1]
-        own_dout = load_rows(dout_ptr, pos, dout_strides[2], row_mask, TILE.DV, BLOCK_DV)  # [M, BLOCK_DV]
+        own_dout = load_rows(dout_ptr, pos, dout_strides[2], None, TILE.DV, BLOCK_DV)  # [M, BLOCK_DV]
         stats_ptrs = stats_ptr + (pid_own * L + pos) * 2
-        own_lse = tl.load(stats_ptrs, mask=row_mask, other=float("inf"))
-        own_delta = tl.load(stats_ptrs + 1, mask=row_mask, other=0.0)
+        own_lse, own_delta = tl.load(stats_ptrs), tl.load(stats_ptrs + 1)
         seen, seen_widths = (), ()
         if MODE.DEDUPE:
             if MODE.SHARED:
                 before, _ = dedupe_reach(S, MODE)
-                seen = negated_coords(pos, row_mask, r, before, pid_own, coords_ptr, L, MODE)
+                seen = negated_coords(pos, r, before, pid_own, coords_ptr, L, MODE)
             else:
-                seen, seen_widths = earlier_intervals(pos, row_mask, r, pid_own, limits_ptr, L, MODE)
+                seen, seen_widths = earlier_intervals(pos, r, pid_own, limits_ptr, L, MODE)
         order_ptr = k_order_ptr + (pid_kv * MODE.R + order_round) * S
         for start in range(first, last, BLOCK_N):
-            k_slots = start + offs_n
-            k_mask = k_slots < last
-            k_pos = slot_positions(k_slots, k_mask, r, order_ptr, L, MODE)
+            k_pos = slot_positions(tl.minimum(start + offs_n, last - 1), r, order_ptr, L, MODE)
+            k_mask = None
             if CHECK_PADDING:
-                k_mask &= tl.load(padding_ptr + b * S + k_pos, mask=k_mask, other=1) == 0
+                k_mask = tl.load(padding_ptr + b * S + k_pos) == 0
             k = load_rows(k_ptr, k_pos, k_strides[2], k_mask, TILE.D, BLOCK_D)  # [N, BLOCK_D]
             v = load_rows(v_ptr, k_pos, v_strides[2], k_mask, TILE.DV, BLOCK_DV)  # [N, BLOCK_DV]
             valid_mask = is_within(offs_n[None, :], (lo - start)[:, None], (hi - lo)[:, None])  # [M, N]
@@ -314,11 +320,11 @@ def _attention_bwd_kernel(
             if CHECK_PADDING:
                 valid_mask &= k_mask[None, :]
             if MODE.DEDUPE:
-                coords = earlier_coords(k_pos, k_mask, pid_kv, coords_ptr, S, MODE)
+                coords = earlier_coords(k_pos, pid_kv, coords_ptr, S, MODE)
                 valid_mask &= is_first_round(seen, coords, seen_widths, S, MODE)
             logits = tl.dot(own_q, tl.trans(k), input_precision="ieee")
             if MODE.SHARED:
-                inverse_norm = tl.load(inverse_norm_ptr + pid_own * L + k_pos, mask=k_mask, other=0.0)
+                inverse_norm = tl.load(inverse_norm_ptr + pid_own * L + k_pos)
                 logits *= (inverse_norm * logit_scale)[None, :]
             else:
                 logits *= logit_scale
@@ -391,12 +397,13 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
     keep = dropout_args(o.dropout_p)
     for first_round in range(mode.ROUNDS) if in_place else (0,):
         for part, (n_heads, length, gradients) in parts.items():
-            _attention_bwd_kernel[(B * n_heads * n_parts * ceil_div(length, tile.M),)](
+            n_tiles = ceil_div(length, tile.M)
+            _attention_bwd_kernel[(B * n_heads * n_parts * n_tiles,)](
                 query, keys, value, dout, stats, inverse_norm, padding, seed,
                 state.q_order, state.q_stretched, k_order, coords, limits, gradients,
                 query.stride(), keys.stride(), value.stride(), dout.stride(), H, Hkv, L, S, n_buckets, first_round, n_parts,
-                o.scale, o.scale * _LOG2_E, *keep,
-                MODE=mode, TILE=tile, PART=part, IN_PLACE=in_place, num_warps=num_warps, num_stages=num_stages,
+                divisor(n_tiles), divisor(n_parts), divisor(n_heads), o.scale, o.scale * _LOG2_E, *keep, MODE=mode,
+                TILE=tile, PART=part, IN_PLACE=in_place, num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
     gradients = [part[2] for part in parts.values()]
     inputs = dout, dlse, query, key, value, padding, seed, inverse_norm

@@ -20,6 +20,7 @@ from ._tile import (
     earlier_intervals,
     is_first_round,
     is_within,
+    load_rows,
     log2_of,
     mode_of,
     negated_coords,
@@ -29,6 +30,7 @@ from ._tile import (
     query_interval,
     slot_positions,
     span_interval,
+    store_rows,
     unmarked,
     walk_range,
 )
@@ -37,6 +39,8 @@ from .combine_rounds import SelfOnly, combine_rounds
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2_E = math.log2(math.e)
 _LN_2 = tl.constexpr(math.log(2))
+# instead of a scale of 0: -inf times 0 would be NaN
+_LEAST_SCALE = 1e-30
 
 
 @triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets", "by_tiles", "by_heads", "keep_from"])
@@ -51,7 +55,7 @@ def _attention_fwd_kernel(
 ):  # fmt: skip
     """One program owns TILE.M query slots of one round and walks the key slots that any of them sees, TILE.N at a time.
     Rows are gathered by the orders and results scattered to positions. Rows of `out` without any key are not written.
-    logit_scale: log2(e) * scale."""
+    logit_scale: log2(e) * |scale| > 0."""
     BLOCK_M: tl.constexpr = TILE.M
     BLOCK_N: tl.constexpr = TILE.N
     BLOCK_D: tl.constexpr = TILE.BLOCK_D
@@ -65,26 +69,19 @@ def _attention_fwd_kernel(
     hkv = (h if MODE.SHARED else h // (H // HKV)).to(tl.int64)
     b, h = b.to(tl.int64), h.to(tl.int64)
     pid_bh, pid_kv = b * H + h, b * HKV + hkv
-    offs_n, offs_d, offs_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    col_mask, v_col_mask = offs_d < TILE.D, offs_dv < TILE.DV
+    offs_n = tl.arange(0, BLOCK_N)
 
-    slots = (pid - pid_bhr * n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = slots < L
-    # the local round comes last and is in no order: nothing is read there
-    n_hashed = tl.where(r < MODE.R, L, 0)
+    offs_m = (pid - pid_bhr * n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = offs_m < L
+    # what is beyond the last slot repeats it, unstored: so no load needs a mask
+    slots = tl.minimum(offs_m, L - 1)
     row = pid_bh * MODE.R + r
-    q_pos = slots
-    if MODE.HASHED:
-        q_pos = tl.load(q_order_ptr + row * L + slots, mask=slots < n_hashed, other=0)
-        if MODE.LOCAL_WINDOW:
-            q_pos = tl.where(slots < n_hashed, q_pos, slots)
-    lo, hi = query_interval(slots, q_pos, slots < n_hashed, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
+    q_pos = slot_positions(slots, r, q_order_ptr + row * L, L, MODE)
+    lo, hi = query_interval(slots, q_pos, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
     if MODE.SHARED:
         ends = tl.minimum((pid - pid_bhr * n_tiles) * BLOCK_M + tl.arange(0, 32) % 2 * (BLOCK_M - 1), L - 1)
-        e_pos = ends
-        if MODE.HASHED:
-            e_pos = tl.load(q_order_ptr + row * L + ends, mask=ends < n_hashed, other=0)
-        e_lo, e_hi = query_interval(ends, e_pos, ends < n_hashed, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
+        e_pos = slot_positions(ends, r, q_order_ptr + row * L, L, MODE)
+        e_lo, e_hi = query_interval(ends, e_pos, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
         first, last = tl.min(e_lo, 0), tl.max(e_hi, 0)
     else:
         first, last = walk_range(lo, hi)
@@ -94,18 +91,18 @@ def _attention_fwd_kernel(
 
     # within hashed buckets no interval holds a padded key
     CHECK_PADDING: tl.constexpr = MODE.HAS_PADDING and (MODE.LOCAL_WINDOW > 0 or not MODE.WITHIN_BUCKET)
-    q_mask = row_mask
+    q_mask = None
     if CHECK_PADDING and MODE.SHARED:
-        q_mask &= tl.load(padding_ptr + b * S + q_pos, mask=row_mask, other=1) == 0
-    q_ptrs = q_ptr + b * q_strides[0] + h * q_strides[1] + q_pos.to(tl.int64)[:, None] * q_strides[2] + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=q_mask[:, None] & col_mask[None, :], other=0.0)  # [M, BLOCK_D]
+        q_mask = tl.load(padding_ptr + b * S + q_pos) == 0
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    q = load_rows(q_ptr, q_pos, q_strides[2], q_mask, TILE.D, BLOCK_D)  # [M, BLOCK_D]
     seen, seen_widths = (), ()
     if MODE.DEDUPE:
         if MODE.SHARED:
             before, _ = dedupe_reach(S, MODE)
-            seen = negated_coords(q_pos, row_mask, r, before, pid_bh, coords_ptr, L, MODE)
+            seen = negated_coords(q_pos, r, before, pid_bh, coords_ptr, L, MODE)
         else:
-            seen, seen_widths = earlier_intervals(q_pos, row_mask, r, pid_bh, limits_ptr, L, MODE)
+            seen, seen_widths = earlier_intervals(q_pos, r, pid_bh, limits_ptr, L, MODE)
 
     if MODE.HASHED:
         # with wrap slots count through all rounds
@@ -116,33 +113,31 @@ def _attention_fwd_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for start in range(first, last, BLOCK_N):
-        k_slots = start + offs_n
-        k_mask = k_slots < last
-        k_pos = slot_positions(k_slots, k_mask, r, k_order_ptr, L, MODE)
+        k_pos = slot_positions(tl.minimum(start + offs_n, last - 1), r, k_order_ptr, L, MODE)
+        k_mask = None
         if CHECK_PADDING:
-            k_mask &= tl.load(padding_ptr + b * S + k_pos, mask=k_mask, other=1) == 0
-        k_rows = k_pos.to(tl.int64)
-        k_ptrs = k_ptr + k_rows[:, None] * k_strides[2] + offs_d[None, :]
-        k = tl.load(k_ptrs, mask=k_mask[:, None] & col_mask[None, :], other=0.0)  # [N, BLOCK_D]
+            k_mask = tl.load(padding_ptr + b * S + k_pos) == 0
+        k = load_rows(k_ptr, k_pos, k_strides[2], k_mask, TILE.D, BLOCK_D)  # [N, BLOCK_D]
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MODE.SHARED:
-            inverse_norm = tl.load(inverse_norm_ptr + pid_bh * L + k_pos, mask=k_mask, other=0.0)
+            inverse_norm = tl.load(inverse_norm_ptr + pid_bh * L + k_pos)
             logits *= inverse_norm[None, :]
+        if MODE.NEGATED:
+            logits = -logits
 
         valid_mask = is_within(offs_n[None, :], (lo - start)[:, None], (hi - lo)[:, None])
         valid_mask = position_mask(valid_mask, k_pos[None, :], q_pos[:, None], MODE)
         if CHECK_PADDING:
             valid_mask &= k_mask[None, :]
         if MODE.DEDUPE:
-            coords = earlier_coords(k_pos, k_mask, pid_kv, coords_ptr, S, MODE)
+            coords = earlier_coords(k_pos, pid_kv, coords_ptr, S, MODE)
             valid_mask &= is_first_round(seen, coords, seen_widths, S, MODE)
         logits = tl.where(valid_mask, logits, float("-inf"))
         probs, m_i, l_i, acc = online_softmax(logits, logit_scale, m_i, l_i, acc)
         if MODE.DROPOUT:
             keep_mask = dropout_keep(seed_ptr, k_pos[None, :], q_pos[:, None], h, b, keep_from)
             probs = tl.where(keep_mask, probs, 0.0)
-        v_ptrs = v_ptr + k_rows[:, None] * v_strides[2] + offs_dv[None, :]
-        v = tl.load(v_ptrs, mask=k_mask[:, None] & v_col_mask[None, :], other=0.0)  # [N, BLOCK_DV]
+        v = load_rows(v_ptr, k_pos, v_strides[2], k_mask, TILE.DV, BLOCK_DV)  # [N, BLOCK_DV]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
 
     alive_mask = row_mask & (l_i != 0.0)
@@ -150,8 +145,7 @@ def _attention_fwd_kernel(
     out = acc * ((keep_scale if MODE.DROPOUT else 1.0) / l_finite)[:, None]
     offs_out = (pid_bh * MODE.ROUNDS + r) * L + q_pos
     tl.store(lse_ptr + offs_out, (m_i * logit_scale + log2_of(l_finite)) * _LN_2, mask=row_mask)
-    out_ptrs = out_ptr + offs_out[:, None] * TILE.DV + offs_dv[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=alive_mask[:, None] & v_col_mask[None, :])
+    store_rows(out_ptr, offs_out, out, alive_mask, TILE.DV)
 
 
 @triton.jit(do_not_specialize=["L", "n_buckets", "gap"])
@@ -300,7 +294,7 @@ def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inv
         query, keys, value, inverse_norm, padding, seed,
         state.q_order, state.q_stretched, state.q_order if shared else state.k_order, coords, limits,
         out, lse, query.stride(), keys.stride(), value.stride(), H, Hkv, L, S, n_buckets, divisor(n_tiles), divisor(H),
-        o.scale * _LOG2_E, keep_from, keep_scale, MODE=mode, TILE=tile, num_warps=num_warps, num_stages=num_stages,
+        max(abs(o.scale) * _LOG2_E, _LEAST_SCALE), keep_from, keep_scale, MODE=mode, TILE=tile, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if not (o.hashed and L == S):
         return combine_rounds(out, lse)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._tile import ceil_div, dropout_args, dropout_keep, load_rows, next_power_of_2, unmarked
+from ._tile import ceil_div, dropout_args, dropout_keep, load_rows, next_power_of_2, store_rows, unmarked
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -149,14 +149,6 @@ def sum_rounds(ptr, rows, row_mask, n_rows, WIDTH: tl.constexpr, D: tl.constexpr
         # n_rows * WIDTH could leave 32 bits
         rows += n_rows
     return acc
-
-
-@triton.jit
-def store_rows(ptr, rows, tile, row_mask, D: tl.constexpr):
-    """Store the D columns of a tile to contiguous rows."""
-    offs_d = tl.arange(0, tile.shape[1])
-    mask = row_mask[:, None] & (offs_d < D)[None, :]
-    tl.store(ptr + rows[:, None] * D + offs_d[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
