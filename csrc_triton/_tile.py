@@ -232,8 +232,8 @@ def key_interval(slots, k_pos, r, row, stretched_ptr, limits_ptr, L, S, n_bucket
 
 @triton.jit
 def slot_positions(slots, r, order_ptr, L, MODE: tl.constexpr):
-    """Positions of slots, all of them real ones, of round r. order_ptr: to the order of the round, with wrap to that of the first, for there
-    slots count through all rounds."""
+    """Positions of slots, all of them real ones, of round r. order_ptr: to the order of the round, with wrap to that of the
+    first, for there slots count through all rounds."""
     pos = slots
     if MODE.WRAP:
         # intervals reach at most one turn beyond both ends of the cycle

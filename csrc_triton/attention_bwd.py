@@ -149,7 +149,10 @@ def store_gradients(ptrs, gradients, mask, first_round, IN_PLACE: tl.constexpr):
     tl.store(ptrs, gradients.to(ptrs.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets", "first_round", "n_rounds", "by_tiles", "by_rounds", "by_heads", "keep_from"])
+_RUN_TIME = "H HKV L S n_buckets first_round n_rounds by_tiles by_rounds by_heads keep_from".split()
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)
 def _attention_bwd_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr,            # inputs   [B, H, L, D], [B, HKV, S, D], [B, HKV, S, DV], [B, H, L, DV]
     stats_ptr, inverse_norm_ptr,              #          [B, H, L, 2], [B, H, L] if shared

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from ._tile import (
-    FAR,
     Tile,
     bucket_of,
     ceil_div,
@@ -69,9 +68,8 @@ def _attention_fwd_kernel(
     hkv = (h if MODE.SHARED else h // (H // HKV)).to(tl.int64)
     b, h = b.to(tl.int64), h.to(tl.int64)
     pid_bh, pid_kv = b * H + h, b * HKV + hkv
-    offs_n = tl.arange(0, BLOCK_N)
-
-    offs_m = (pid - pid_bhr * n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile_start = (pid - pid_bhr * n_tiles) * BLOCK_M
+    offs_m, offs_n = tile_start + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     row_mask = offs_m < L
     # what is beyond the last slot repeats it, unstored: so no load needs a mask
     slots = tl.minimum(offs_m, L - 1)
@@ -79,15 +77,17 @@ def _attention_fwd_kernel(
     q_pos = slot_positions(slots, r, q_order_ptr + row * L, L, MODE)
     lo, hi = query_interval(slots, q_pos, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
     if MODE.SHARED:
-        ends = tl.minimum((pid - pid_bhr * n_tiles) * BLOCK_M + tl.arange(0, 32) % 2 * (BLOCK_M - 1), L - 1)
-        e_pos = slot_positions(ends, r, q_order_ptr + row * L, L, MODE)
-        e_lo, e_hi = query_interval(ends, e_pos, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
-        first, last = tl.min(e_lo, 0), tl.max(e_hi, 0)
+        # intervals move forward with the slots: those of the tile's ends span the walk. In every other lane of one warp, the
+        # two are found without the shared memory that all of the tile would take
+        end_slots = tl.minimum(tile_start + tl.arange(0, 32) % 2 * (BLOCK_M - 1), L - 1)
+        end_pos = slot_positions(end_slots, r, q_order_ptr + row * L, L, MODE)
+        end_lo, end_hi = query_interval(end_slots, end_pos, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
+        first, last = tl.min(end_lo, 0), tl.max(end_hi, 0)
     else:
         first, last = walk_range(lo, hi)
-    if not MODE.SHARED and not MODE.WRAP:
-        # on a fixed grid of keys a row does not depend on which other queries are in its tile, and these may be padding
-        first = first // BLOCK_N * BLOCK_N
+        if not MODE.WRAP:
+            # on a fixed grid of keys a row does not depend on which others are in its tile, and these may be padding
+            first = first // BLOCK_N * BLOCK_N
 
     # within hashed buckets no interval holds a padded key
     CHECK_PADDING: tl.constexpr = MODE.HAS_PADDING and (MODE.LOCAL_WINDOW > 0 or not MODE.WITHIN_BUCKET)
@@ -144,7 +144,7 @@ def _attention_fwd_kernel(
     l_finite = tl.where(alive_mask, l_i, 1.0)
     out = acc * ((keep_scale if MODE.DROPOUT else 1.0) / l_finite)[:, None]
     offs_out = (pid_bh * MODE.ROUNDS + r) * L + q_pos
-    tl.store(lse_ptr + offs_out, (m_i * logit_scale + log2_of(l_finite)) * _LN_2, mask=row_mask)
+    tl.store(lse_ptr + offs_out, m_i * (logit_scale * _LN_2) + log2_of(l_finite) * _LN_2, mask=row_mask)
     store_rows(out_ptr, offs_out, out, alive_mask, TILE.DV)
 
 
@@ -294,7 +294,8 @@ def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inv
         query, keys, value, inverse_norm, padding, seed,
         state.q_order, state.q_stretched, state.q_order if shared else state.k_order, coords, limits,
         out, lse, query.stride(), keys.stride(), value.stride(), H, Hkv, L, S, n_buckets, divisor(n_tiles), divisor(H),
-        max(abs(o.scale) * _LOG2_E, _LEAST_SCALE), keep_from, keep_scale, MODE=mode, TILE=tile, num_warps=num_warps, num_stages=num_stages,
+        max(abs(o.scale) * _LOG2_E, _LEAST_SCALE), keep_from, keep_scale, MODE=mode, TILE=tile,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if not (o.hashed and L == S):
         return combine_rounds(out, lse)
