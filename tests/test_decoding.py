@@ -27,7 +27,7 @@ def inputs(heads="shared", D=5, dtype=torch.float32, length=L):
     Hkv = 2 if heads == "grouped" else H
     query, key, value = (torch.randn(B, n, length, d) for n, d in ((H, D), (Hkv, D), (Hkv, DV)))
     for x in (query, key):
-        x[:, :, 3] = 0
+        x[:, :, 3:4] = 0
         x[0, :, 20:30] = x[0, :, 19:20]
     return [x if x is None else x.to(dtype) for x in (query, None if heads == "shared" else key, value)]
 
@@ -52,6 +52,21 @@ def test_decoding_equals_the_last_row_at_every_step(case):
         out, lse = lsh_attention(*prefix, config=config, is_causal=True, rotations=rotations, return_lse=True, backend="torch")
         for found, whole in zip(got, (out, lse)):
             torch.testing.assert_close(found, whole[:, :, -1:], rtol=error, atol=error, msg=lambda text, i=i: f"step {i}: {text}")
+
+
+@pytest.mark.parametrize("heads", ["shared", "separate"])
+def test_decoding_falls_back_on_a_token_of_its_own_where_it_has_no_other(heads):
+    """Opposite rows never share a bucket."""
+    query, _, value = inputs(length=1)
+    key = None if heads == "shared" else -query
+    config, rotations = LSHConfig(n_hashes=2, n_buckets=4), random_rotations(5, 4, 2)
+    cache = BucketCache(query, key, value, config=config, rotations=rotations, max_length=2)
+    # separate: the new query meets neither the old key, its opposite, nor its own
+    new = -query if heads == "shared" else query
+    out, lse = cache.step(new, key, 2 * value)
+    logit = (query * query).sum(-1) * (1 / query.norm(dim=-1) if heads == "shared" else -(5**-0.5))
+    torch.testing.assert_close(out, 2 * value)
+    torch.testing.assert_close(lse, logit - 1e5 if heads == "shared" else logit, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("heads", ["shared", "grouped"])
