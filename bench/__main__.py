@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 FOLDER = Path(__file__).parent
 # most important first
-SUITES = ("attention", "stages", "memory", "reversible", "feedforward")
+SUITES = ("attention", "stages", "memory", "decode", "reversible", "feedforward")
 SHAPE = ("batch", "heads", "head_dim", "n_hashes", "chunk_length")
 TURN, LATE = 8, 2**17
 
