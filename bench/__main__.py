@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from cases import FIELDS, AbsentError, Settings
-from report import KEY, crossovers
+from measured import KEY, crossovers
 from timing import (
     DEVICE_LOST,
     LOST,
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 FOLDER = Path(__file__).parent
 # most important first
-SUITES = ("attention", "stages", "memory", "reversible", "feedforward")
+SUITES = ("attention", "stages", "memory", "decode", "reversible", "feedforward")
 SHAPE = ("batch", "heads", "head_dim", "n_hashes", "chunk_length")
 TURN, LATE = 8, 2**17
 
@@ -212,7 +212,7 @@ def line_of(row) -> str:
         result = f"{row['peak_mib']:>9} MiB"
     else:
         result = f"{row['ms_p50']:>9} ms  ({row['ms_p20']} to {row['ms_p80']})"
-    what = f"{row['op']:12}{row['provider']:26} {row['mode']:22} {row['B']:>4} x {row['L']:<7} {row['input']:10}{row['depth']:>3}"
+    what = f"{row['op']:19}{row['provider']:26} {row['mode']:22} {row['B']:>4} x {row['L']:<7} {row['input']:10}{row['depth']:>3}"
     return f"{what} {result}"
 
 

@@ -6,6 +6,7 @@ All are causal, with the same B, H, L, D and dtype; hashing and sorting are part
 from __future__ import annotations
 
 import os
+import shutil
 from typing import NamedTuple
 
 import torch
@@ -46,13 +47,13 @@ def ours(backend, preset=LSHConfig, separate=False, **fields):
     return build
 
 
-def exact(backend):
-    """SDPA held to one of its backends."""
+def exact(backend, is_causal=True):
+    """SDPA held to one of its backends; without `is_causal` for a single query, which sees all keys."""
 
     def build(shape):
         if shape.device.type == "cpu" and backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
             raise AbsentError("not a backend of the CPU")
-        if backend == SDPBackend.MATH and shape.device.type == "cpu":
+        if is_causal and backend == SDPBackend.MATH and shape.device.type == "cpu":
             # the system would kill the whole run, where a GPU raises; scores, weights, and two gradients of theirs
             needed = (4 if shape.backward else 2) * shape.B * shape.H * shape.L**2 * shape.dtype.itemsize
             there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -63,7 +64,7 @@ def exact(backend):
 
         def attend(query, key, value):
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+                return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
 
         return attend
 
@@ -72,14 +73,25 @@ def exact(backend):
 
 def flex(shape):
     """FlexAttention over the R * C keys before a query and the query's own."""
-    if shape.device.type == "cpu":
-        raise AbsentError("on a CPU FlexAttention has no backward, and uncompiled it is dense")
+    on_cpu = shape.device.type == "cpu"
+    if on_cpu and shape.backward:
+        raise AbsentError("on a CPU FlexAttention has no backward")
+    if on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        raise AbsentError("on a CPU FlexAttention needs a C++ compiler")
     from torch.nn.attention.flex_attention import flex_attention
 
     # modes, lengths and batches may need more than the default of eight; without fullgraph what is not compiled runs dense
     torch._dynamo.config.recompile_limit = 64
-    mask, attend = sliding_window(shape), torch.compile(flex_attention, fullgraph=True)
-    return lambda query, key, value: attend(query, key, value, block_mask=mask)
+    mask, compiled = sliding_window(shape), torch.compile(flex_attention, fullgraph=True)
+
+    def attend(query, key, value):
+        return compiled(query, key, value, block_mask=mask)
+
+    if on_cpu:
+        # here, or the minute that it takes would leave the case's providers fewer runs
+        with torch.no_grad():
+            attend(*tensors("gaussian", shape))
+    return attend
 
 
 def sliding_window(shape):
@@ -112,8 +124,8 @@ def reformer_pytorch(shape):
     return lambda query, key, value: layer(query.flatten(0, 1), value.flatten(0, 1))[0].unflatten(0, query.shape[:2])
 
 
-def hugging_face(shape):
-    """Hugging Face's layer with its projections taken out: it gets projected vectors, as the others do."""
+def hugging_face_layer(shape):
+    """Hugging Face's layer, the first of a model's."""
     try:
         from transformers import ReformerConfig
         from transformers.models.reformer.modeling_reformer import LSHSelfAttention
@@ -125,7 +137,12 @@ def hugging_face(shape):
         lsh_attn_chunk_length=shape.C, num_buckets=list(LSHConfig(chunk_length=shape.C).factors(shape.L)), is_decoder=True,
         lsh_attention_probs_dropout_prob=0.0, axial_pos_embds_dim=[width // 2, width - width // 2],
     )  # fmt: skip
-    layer = LSHSelfAttention(config).to(shape.device)
+    return LSHSelfAttention(config, layer_idx=0).to(shape.device)
+
+
+def hugging_face(shape):
+    """Hugging Face's layer with its projections taken out: it gets projected vectors, as the others do."""
+    layer = hugging_face_layer(shape)
     given = []
     layer.query_key, layer.value = torch.nn.Identity(), torch.nn.Identity()
     # both projections get the same hidden states: hand the values over instead
@@ -139,12 +156,13 @@ def hugging_face(shape):
     return attend
 
 
-EXACT = {
-    "SDPA flash": exact(SDPBackend.FLASH_ATTENTION),
-    "SDPA cuDNN": exact(SDPBackend.CUDNN_ATTENTION),
-    "SDPA efficient": exact(SDPBackend.EFFICIENT_ATTENTION),
-    "SDPA math": exact(SDPBackend.MATH),
+SDPA = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA math": SDPBackend.MATH,
 }
+EXACT = {name: exact(backend) for name, backend in SDPA.items()}
 OURS = {"lsh_kernels triton": ours("triton"), "lsh_kernels torch": ours("torch")}
 PEERS = {
     **OURS, **EXACT, "FlexAttention window": flex, "reformer-pytorch": reformer_pytorch, "Hugging Face": hugging_face,

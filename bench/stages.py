@@ -1,8 +1,9 @@
-"""Suite: hash, sort, attention and combine, each beside its equivalent in plain torch and beside its floor.
+"""Suite: hash, sort, attention, its backward, combine and the exact residual sum, each beside its equivalent in plain torch and
+beside its floor.
 
 The floor of a stage is the larger of its bytes over the rate of a large copy and its FLOPs over the rate of a large matmul, both
 measured on this machine; `roofline` in a row is floor / time. Bytes count each input read once and each output written once.
-Our attention combines its rounds too; the torch equivalents of the two are apart.
+Our attention combines its rounds too, its backward adds them up; the torch equivalents do neither.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from cases import AbsentError, Case, by_importance
 from peers import Shape, tensors
 
-from lsh_kernels import LSHConfig, bucket_sort, combine_rounds, lsh_hash, random_rotations, torch_backend
+from lsh_kernels import LSHConfig, bucket_sort, combine_rounds, fixed_point, lsh_hash, random_rotations, torch_backend
 from lsh_kernels.functional import triton_problem
 
 BACKENDS = ("triton", "torch")
@@ -37,9 +38,21 @@ def attention_work(s):
     return 2 * 2 * rows * s.R * s.C * s.D, rows * (3 * s.D * s.dtype.itemsize + 4 * s.R + 4)
 
 
+def attention_backward_work(s):
+    """Five products of a query with the C keys of its causal window per round; query, value, out, dout and order, lse read, two
+    gradients written. The rounds' shares are not counted."""
+    rows = s.B * s.H * s.L
+    return 5 * 2 * rows * s.R * s.C * s.D, rows * (6 * s.D * s.dtype.itemsize + 4 * s.R + 4)
+
+
 def combine_work(s):
     """R partial rows and lse read, one of each written."""
     return 0, s.B * s.H * s.L * (s.R + 1) * (s.D * s.dtype.itemsize + 4)
+
+
+def residual_work(s):
+    """Stream and addend read, the new stream and its values written; the stream is int32."""
+    return 0, s.B * s.H * s.L * s.D * (2 * 4 + 2 * s.dtype.itemsize)
 
 
 def cases(settings):
@@ -54,9 +67,12 @@ def cases(settings):
             "hash": (hash_builds(shape, factors), hash_work(shape, factors)),
             "sort": (sort_builds(shape, factors), sort_work(shape)),
             "combine": (combine_builds(shape), combine_work(shape)),
+            "attention backward": (attention_backward_builds(shape, config), attention_backward_work(shape)),
+            "residual": (residual_builds(shape), residual_work(shape)),
         }
         for op, (builds, (flops, n_bytes)) in stages.items():
-            fields = {**row, "op": op, "mode": "forward", "regime": "batch", "input": "gaussian", "depth": 1}
+            mode = "backward" if op == "attention backward" else "forward"
+            fields = {**row, "op": op, "mode": mode, "regime": "batch", "input": "gaussian", "depth": 1}
             yield Case(fields, builds, flops=dict.fromkeys(builds, flops), bytes=dict.fromkeys(builds, n_bytes))
 
 
@@ -122,45 +138,109 @@ def sort_builds(shape, factors):
     }  # fmt: skip
 
 
-def attention_builds(shape, config):
+def hashed(shape, factors):
+    """Query, value and buckets."""
+    query, _, value = tensors("gaussian", shape)
+    rotations = random_rotations(shape.D, factors, shape.R, n_heads=shape.H, device=shape.device)
+    return query, value, lsh_hash(query, rotations, factors)
+
+
+def our_attention(shape, config, backend):
+    """(forward, backward): functions of nothing and of dout, out, lse."""
     factors = config.factors(shape.L)
+    query, value, buckets = hashed(shape, factors)
+    options = config.options(factors, is_causal=True, dropout_p=0.0, scale=1.0)
+    state = torch_backend.sort_rounds(buckets, None, None, options, shape.L)
+    forward, backward = torch_backend.attention_fwd, torch_backend.attention_bwd
+    if backend == "triton":
+        from lsh_kernels.csrc_triton.attention_bwd import attention_bwd as backward
+        from lsh_kernels.csrc_triton.attention_fwd import attention_fwd as forward
 
-    def inputs():
-        query, _, value = tensors("gaussian", shape)
-        rotations = random_rotations(shape.D, factors, shape.R, n_heads=shape.H, device=shape.device)
-        return query, value, lsh_hash(query, rotations, factors)
+    def attend():
+        return forward(query, None, value, None, None, state, options)
 
+    def gradients(dout, out, lse):
+        return backward(dout, None, query, None, value, None, None, out, lse, state, options)
+
+    return attend, gradients
+
+
+def chunked_attention(shape, factors):
+    """(call, query, value): rows gathered by the order, then each chunk against itself and the one before it, as two batched
+    products; no buckets in the mask, no pair counted once, rounds not combined."""
+    query, value, buckets = hashed(shape, factors)
+    B, H, L, C = shape.B, shape.H, shape.L, shape.C
+    n_chunks = L // C
+    if L % C:
+        raise AbsentError(f"takes lengths that {C} divides")
+    order = bucket_sort(buckets, math.prod(factors)).long().flatten(2)[..., None].expand(-1, -1, -1, shape.D)
+
+    def with_previous(x):  # [.., n, C, D] -> [.., n, 2 * C, D]
+        return torch.cat([x.roll(1, -3), x], -2)
+
+    def call():
+        q, v = (x.gather(2, order).view(B, H, shape.R, n_chunks, C, shape.D) for x in (query, value))
+        k = with_previous(torch.nn.functional.normalize(q, dim=-1))
+        p = (q @ k.transpose(-1, -2)).softmax(-1)  # [B, H, R, n_chunks, C, 2 * C]
+        return p @ with_previous(v)
+
+    return call, query, value
+
+
+def attention_builds(shape, config):
     def ours(backend):
-        query, value, buckets = inputs()
-        options = config.options(factors, is_causal=True, dropout_p=0.0, scale=1.0)
-        state = torch_backend.sort_rounds(buckets, None, None, options, shape.L)
-        attend = torch_backend.attention_fwd
-        if backend == "triton":
-            from lsh_kernels.csrc_triton.attention_fwd import attention_fwd as attend
-        return lambda: attend(query, None, value, None, None, state, options)
+        return our_attention(shape, config, backend)[0]
 
     def equivalent():
-        """Rows gathered by the order, then each chunk against itself and the one before it, as two batched products; no
-        buckets in the mask, no pair counted once, rounds not combined."""
-        query, value, buckets = inputs()
-        B, H, L, C = shape.B, shape.H, shape.L, shape.C
-        n_chunks = L // C
-        if L % C:
-            raise AbsentError(f"takes lengths that {C} divides")
-        order = bucket_sort(buckets, math.prod(factors)).long().flatten(2)[..., None].expand(-1, -1, -1, shape.D)
+        return chunked_attention(shape, config.factors(shape.L))[0]
 
-        def with_previous(x):  # [.., n, C, D] -> [.., n, 2 * C, D]
-            return torch.cat([x.roll(1, -3), x], -2)
+    return {**by_backend(ours, shape), "gather + bmm": equivalent}
+
+
+def attention_backward_builds(shape, config):
+    """Gradients of query and value, from what a forward before the call has left."""
+
+    def ours(backend):
+        attend, gradients = our_attention(shape, config, backend)
+        out, lse = attend()
+        dout = torch.ones_like(out)
+        return lambda: gradients(dout, out, lse)[::2]
+
+    def equivalent():
+        call, query, value = chunked_attention(shape._replace(backward=True), config.factors(shape.L))
+        out = call()
+        dout = torch.ones_like(out)
+        return lambda: torch.autograd.grad(out, (query, value), dout, retain_graph=True)
+
+    return {**by_backend(ours, shape), "gather + bmm": equivalent}
+
+
+def residual_builds(shape):
+    """A sum on the grid of `fixed_point`, and the same without checks of the range and without its checksum."""
+
+    def inputs():
+        addend = tensors("gaussian", shape)[0]
+        stream, _, _ = fixed_point.residual_add(torch.zeros_like(addend, dtype=torch.int32), addend, shape.dtype, False)
+        return stream, addend
+
+    def ours(backend):
+        stream, addend = inputs()
+        add = fixed_point.residual_add
+        if backend == "triton":
+            from lsh_kernels.csrc_triton.residual import residual_add as add
+        return lambda: add(stream, addend, shape.dtype, False)
+
+    def equivalent():
+        stream, addend = inputs()
+        scale = 2.0 ** fixed_point.fraction_bits(stream.dtype)
 
         def call():
-            q, v = (x.gather(2, order).view(B, H, shape.R, n_chunks, C, shape.D) for x in (query, value))
-            k = with_previous(torch.nn.functional.normalize(q, dim=-1))
-            p = (q @ k.transpose(-1, -2)).softmax(-1)  # [B, H, R, n_chunks, C, 2 * C]
-            return p @ with_previous(v)
+            after = stream + (addend.float() * scale).round().to(stream.dtype)
+            return after, (after.float() / scale).to(shape.dtype)
 
         return call
 
-    return {**by_backend(ours, shape), "gather + bmm": equivalent}
+    return {**by_backend(ours, shape), "round + add": equivalent}
 
 
 def combine_builds(shape):

@@ -115,19 +115,20 @@ def _each(case, budget, emit, numbers):
 
 def _alternate(case, budget, emit, seconds):
     """Rounds of one call each; the first one warms up and tells how many there can be."""
-    calls, times, failures = {}, {name: [] for name in case.builds}, {}
+    calls, times, failures, spent = {}, {name: [] for name in case.builds}, {}, 0.0
     try:
-        start = time.perf_counter()
         for name, build in case.builds.items():
             budget.check()
             try:
                 calls[name] = build()
+                start = time.perf_counter()
                 calls[name]()
+                spent += time.perf_counter() - start
             except Exception as error:
                 failures[name] = error
                 calls.pop(name, None)
         fewest = MIN_ROUNDS if seconds else 1
-        n_rounds = min(max(int(seconds / (time.perf_counter() - start)), fewest), MAX_ROUNDS)
+        n_rounds = max(fewest, int(min(seconds / spent, MAX_ROUNDS))) if calls else 0
         for _ in range(n_rounds):
             for name, call in list(calls.items()):
                 budget.check()

@@ -1,47 +1,29 @@
 """The benchmark suite: its rows, what it does with failures, interruptions and budgets, and that its peers agree."""
 
-import csv
 import importlib.util
-import re
-import subprocess
-import sys
+import os
+import shutil
 import time
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
+import attention as attention_suite
+import decode
+import feedforward
+import memory
+import peers
 import pytest
+import reversible
+import stages
+import timing
 import torch
+from bench_folder import SETTINGS, TINY, bench, rows_csv, run
+from cases import FIELDS, AbsentError, Case
+from timing import Budget, BudgetSpentError, DeviceLostError, measure
 
-BENCH = Path(__file__).parent.parent / "bench"
-sys.path.insert(0, str(BENCH))
-
-import attention as attention_suite  # noqa: E402
-import feedforward  # noqa: E402
-import gpu  # noqa: E402
-import memory  # noqa: E402
-import peers  # noqa: E402
-import report  # noqa: E402
-import reversible  # noqa: E402
-import stages  # noqa: E402
-import timing  # noqa: E402
-from cases import FIELDS, AbsentError, Case, Settings  # noqa: E402
-from timing import Budget, BudgetSpentError, DeviceLostError, measure  # noqa: E402
-
-spec = importlib.util.spec_from_file_location("bench_main", BENCH / "__main__.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
-
-SETTINGS = Settings(torch.device("cpu"), torch.float32, (32, 64), heads=2, head_dim=16, n_hashes=2, chunk_length=16)
-TINY = "--seconds 0.1 --lengths 32 64 --heads 2 --head-dim 16 --n-hashes 2 --chunk-length 16 --device cpu --dtype float32".split()
-
-
-def run(out, *options):
-    status = bench.main([*TINY, "--out", str(out), *options])
-    with out.open(newline="") as file:
-        return status, list(csv.DictReader(file))
+from lsh_kernels import LSHConfig, lsh_attention, random_rotations
 
 
 def measured(case, budget=None):
@@ -72,7 +54,7 @@ def interrupt():
 
 def test_bench_rows_have_all_fields(tmp_path, capsys):
     out = tmp_path / "new" / "rows.csv"
-    providers = ["lsh_kernels torch", "SDPA flash", "SDPA cuDNN", "FlexAttention window"]
+    providers = ["lsh_kernels torch", "SDPA flash", "SDPA cuDNN"]
     status, rows = run(out, "--suite", "attention", "--quick", "--commit", "abc", "--providers", *providers)
     assert status == 0 and list(rows[0]) == FIELDS
     assert {row["provider"] for row in rows} == set(providers)
@@ -128,6 +110,15 @@ def test_bench_exact_scores_too_large_are_a_row():
     shape = peers.Shape(64, 64, 2**20, 64, 4, 64, torch.float32, torch.device("cpu"), False)
     with pytest.raises(AbsentError, match="out of memory: needs"):
         peers.PEERS["SDPA math"](shape)
+
+
+def test_bench_rounds_do_not_pay_for_what_sets_them_up():
+    def build():
+        time.sleep(0.05)
+        return lambda: None
+
+    rows, _ = measured(Case({}, {"compiled": build}))
+    assert rows["compiled"]["runs"] == timing.MAX_ROUNDS
 
 
 @pytest.mark.parametrize("name", ["budget", "interrupt"])
@@ -255,9 +246,6 @@ def test_bench_command_stops_at_its_budget(tmp_path, capsys):
 
 
 def test_bench_command_refuses_what_is_not_there(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["--suite", "no_such_suite"])
-    assert "attention" in capsys.readouterr().err
     assert bench.main([*TINY, "--out", str(tmp_path / "x.csv"), "--providers", "no such peer"]) == 2
     said = capsys.readouterr().err
     assert "no such peer" in said and "SDPA flash" in said and not (tmp_path / "x.csv").exists()
@@ -268,7 +256,7 @@ def test_bench_suites_are_modules_with_cases(capsys):
     for suite in bench.SUITES:
         assert list(importlib.import_module(suite).cases(SETTINGS))
     with pytest.raises(SystemExit):
-        bench.main(["--suite", "decode"])
+        bench.main(["--suite", "no_such_suite"])
     said = capsys.readouterr().err
     assert all(suite in said for suite in bench.SUITES)
 
@@ -294,6 +282,50 @@ def test_bench_memory_goes_by_length_and_by_depth():
         (64, 1, "forward"), (64, 1, "forward+backward"), (32, 1, "forward"), (32, 1, "forward+backward"),
         (32, 2, "forward+backward"), (32, 4, "forward+backward"), (32, 8, "forward+backward"),
     ]  # fmt: skip
+
+
+def test_bench_memory_takes_flex_on_a_gpu_only():
+    for device in ("cpu", "cuda"):
+        found = {name for case in memory.cases(replace(SETTINGS, device=torch.device(device))) for name in case.builds}
+        assert found >= {"SDPA flash", "lsh_kernels trax"} and ("FlexAttention window" in found) == (device == "cuda")
+
+
+def test_bench_decode_goes_to_longer_lengths_on_a_cpu():
+    def lengths(**changes):
+        return [case.row["L"] for case in decode.cases(replace(SETTINGS, **changes))]
+
+    assert lengths() == [256, 128, 64, 32]
+    assert lengths(quick=True) == [64, 32]
+    assert lengths(device=torch.device("cuda"), lengths=(2**20, 2**17, 2**16)) == [2**16, 2**17]
+
+
+def test_bench_decode_providers_append_and_attend():
+    """Ours are the last row of LSH attention over all tokens, one more per call; SDPA's that of exact attention. Hugging Face's
+    queries, keys and values are projections of its own."""
+    (case,) = decode.cases(replace(SETTINGS, lengths=(64,), quick=True))
+    shape = peers.Shape(1, 2, 64, 16, 2, 16, torch.float32, torch.device("cpu"), False)
+    config = LSHConfig(n_hashes=2, chunk_length=16, n_buckets=8)
+    query, key, value = peers.tensors("gaussian", shape._replace(L=64 + decode.NEW))
+    for name in ("lsh_kernels BucketCache", "lsh_kernels separate keys"):
+        torch.manual_seed(3)
+        call = case.builds[name]()
+        torch.manual_seed(3)
+        rotations = random_rotations(16, 8, 2, n_heads=2)
+        for length in (65, 66):
+            q, k, v = (x[:, :, :length] for x in (query, key, value))
+            wanted = lsh_attention(q, k if "keys" in name else None, v, config=config, rotations=rotations, is_causal=True)
+            torch.testing.assert_close(call(), wanted[:, :, -1:])
+    query, key, value = peers.tensors("gaussian", shape._replace(L=65))
+    wanted = ((query[:, :, -1:] @ key.mT) / 4).softmax(-1) @ value
+    for name in ("SDPA flash", "SDPA math"):
+        call = case.builds[name]()
+        for _ in range(2):
+            torch.testing.assert_close(call(), wanted)
+    call = case.builds["Hugging Face"]()
+    first = call()
+    assert first.shape == wanted.shape and first.isfinite().all() and torch.equal(call(), first)
+    with pytest.raises(AbsentError, match="has no cache"):
+        case.builds["reformer-pytorch"]()
 
 
 def test_bench_reversible_providers_train_alike():
@@ -367,6 +399,25 @@ def test_bench_flex_sees_as_many_keys_as_rounds_of_chunks():
     assert mask.seq_lengths == (320, 320) and wanted.sum(1).max() == 3 * 50 + 1
 
 
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+def test_bench_flex_on_a_cpu_equals_sdpa_with_a_window():
+    shape = shape_of(160, R=2, C=20)
+    query, key, value = peers.tensors("gaussian", shape)
+    i, j = torch.arange(160)[:, None], torch.arange(160)[None, :]
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=(j <= i) & (j >= i - 40))
+    with torch.no_grad():
+        found = peers.PEERS["FlexAttention window"](shape)(query, key, value)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_bench_flex_on_a_cpu_says_what_it_lacks(monkeypatch):
+    with pytest.raises(AbsentError, match="no backward"):
+        peers.flex(shape_of(32, backward=True))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(AbsentError, match="needs a C"):
+        peers.flex(shape_of(32))
+
+
 @pytest.mark.parametrize("name", ["reformer-pytorch", "Hugging Face"])
 def test_bench_hashing_peers_take_the_same_tensors(name):
     """Each row of the output is a mean of values of its own head at positions up to its own. Both round off about 0.3% where a
@@ -394,22 +445,6 @@ def test_bench_inputs_are_what_they_say():
         peers.tensors("uniform", shape)
 
 
-@pytest.mark.parametrize(
-    "ours, exact, wanted",
-    [
-        ({1024: 2, 2048: 4, 4096: 8}, {1024: 1, 2048: 4, 4096: 16}, (2048, "2,048")),
-        ({1024: 2, 4096: 8}, {1024: 1, 4096: 16}, (2048, "2,048")),
-        # faster once, but not from there on
-        ({1024: 1, 2048: 4, 4096: 8}, {1024: 2, 2048: 2, 4096: 32}, (2580, "2,580")),
-        ({1024: 1, 2048: 1}, {1024: 2, 2048: 2}, (None, "at or below 1,024")),
-        ({1024: 1, 2048: 3}, {1024: 2, 2048: 2}, (None, "none up to 2,048")),
-        ({1024: 1}, {2048: 2}, (None, "not measured")),
-    ],
-)
-def test_bench_crossover(ours, exact, wanted):
-    assert report.crossover(ours, exact) == wanted
-
-
 def stage_calls(length=64):
     """{op: {provider: call}} of the stages at a tiny size."""
     settings = replace(SETTINGS, lengths=(length,))
@@ -428,12 +463,33 @@ def test_bench_stages_equal_their_torch_equivalents():
     wanted = found["sort", "lsh_kernels torch"]
     for provider in ("lsh_kernels triton", "torch.sort int16", "torch.sort int32"):
         assert torch.equal(found["sort", provider].int(), wanted), provider
-    for op, providers in (("combine", ("lsh_kernels triton", "softmax + sum")), ("attention", ("lsh_kernels triton",))):
+    for op, providers in {
+        "combine": ("lsh_kernels triton", "softmax + sum"), "attention": ("lsh_kernels triton",),
+        "attention backward": ("lsh_kernels triton",), "residual": ("lsh_kernels triton",),
+    }.items():  # fmt: skip
         for provider in providers:
             torch.testing.assert_close(found[op, provider], found[op, "lsh_kernels torch"], rtol=1e-4, atol=1e-4)
     assert (
         found["attention", "gather + bmm"].shape == (1, 2, 2, 4, 16, 16) and found["attention", "gather + bmm"].isfinite().all()
     )
+    gradients = found["attention backward", "gather + bmm"]
+    assert [x.shape for x in gradients] == [(1, 2, 64, 16)] * 2 and all(x.isfinite().all() for x in gradients)
+    for one, other in zip(found["residual", "round + add"], found["residual", "lsh_kernels torch"]):
+        assert torch.equal(one, other)
+    # the sum of a row and itself, on the grid
+    assert torch.allclose(found["residual", "lsh_kernels torch"][1], 2 * peers.tensors("gaussian", shape_of(64))[0], atol=1e-4)
+
+
+def test_bench_stages_backward_is_autograds():
+    """From the same rotations as our attention of the suite's inputs."""
+    torch.manual_seed(2)
+    found = stage_calls()["attention backward"].builds["lsh_kernels torch"]()()
+    torch.manual_seed(2)
+    query, _, value = (x.requires_grad_() for x in peers.tensors("gaussian", shape_of(64)))
+    config = LSHConfig(n_hashes=2, chunk_length=16)
+    rotations = random_rotations(16, config.factors(64), 2, n_heads=2)
+    out = lsh_attention(query, None, value, config=config, rotations=rotations, is_causal=True)
+    torch.testing.assert_close(found, torch.autograd.grad(out.sum(), (query, value)))
 
 
 def test_bench_stages_count_their_work():
@@ -444,12 +500,15 @@ def test_bench_stages_count_their_work():
     assert work["sort"] == (0, 2 * 2 * 64 * 8)
     assert work["attention"] == (2 * 64 * 2 * 16 * 4 * 16, 2 * 64 * (3 * 64 + 8 + 4))
     assert work["combine"] == (0, 2 * 64 * 3 * 68)
+    assert work["attention backward"] == (5 * 64 * 2 * 16 * 4 * 16, 2 * 64 * (6 * 64 + 8 + 4))
+    assert work["residual"] == (0, 2 * 64 * 16 * 16)
 
 
 def test_bench_stages_rows_have_a_roofline(tmp_path):
     options = ["--suite", "stages", "--quick", "--providers", "lsh_kernels torch", "torch.sort int16"]
     _, rows = run(tmp_path / "rows.csv", *options)
-    assert [row["op"] for row in rows] == ["attention", "hash", "sort", "sort", "combine"]
+    assert [row["op"] for row in rows] == ["attention", "hash", "sort", "sort", "combine", "attention backward", "residual"]
+    assert [row["mode"] for row in rows if row["mode"] != "forward"] == ["backward"]
     for row in rows:
         floor = floor_of(row)
         assert float(row["roofline"]) == pytest.approx(floor / float(row["ms_p50"]), rel=1e-2)
@@ -460,200 +519,3 @@ def floor_of(row):
     case = stage_calls()[row["op"]]
     by_copy = case.bytes[row["provider"]] / float(row["copy_gbs"]) / 1e6
     return max(by_copy, case.flops[row["provider"]] / float(row["matmul_gflops"]) / 1e6)
-
-
-def rows_csv(path, rows):
-    with bench.open_rows(path) as file:
-        csv.DictWriter(file, FIELDS, restval="").writerows(rows)
-
-
-def sample_rows(**fields):
-    """Two lengths of ours and of SDPA, crossing at 2,048, a failure, memory, a stage, reversible and feed-forward layers."""
-    common = dict.fromkeys(FIELDS, "") | {
-        "suite": "attention", "op": "attention", "mode": "forward", "device": "cpu", "cpu": "Some CPU", "cores": "2",
-        "regime": "batch", "input": "gaussian", "depth": "1", "status": "ok", "torch": "2", "triton": "3", "commit": "abc",
-    } | fields  # fmt: skip
-    rows = [
-        {**common, "provider": provider, "L": length, "ms_p50": ms}
-        for provider, times in (("lsh_kernels torch", (2, 8)), ("SDPA math", (1, 16)))
-        for length, ms in zip((1024, 4096), times)
-    ]
-    return rows + [
-        {**common, "provider": "SDPA cuDNN", "L": 1024, "status": "absent", "reason": "not a backend of the CPU"},
-        {**common, "provider": "SDPA math", "L": 1024, "suite": "memory", "peak_mib": 77.5},
-        {**common, "provider": "torch.sort int16", "op": "sort", "suite": "stages", "L": 1024, "ms_p50": 3, "roofline": 0.25},
-        *(
-            {**common, "op": suite, "suite": suite, "mode": "forward+backward", "L": 1024, "C": 32, "embed_dim": 64} | row
-            for suite, row in (
-                ("reversible", {"provider": "lsh_kernels exact", "measure": "memory", "depth": 2, "peak_mib": 10}),
-                ("reversible", {"provider": "lsh_kernels exact", "measure": "memory", "depth": 24, "peak_mib": 12}),
-                ("reversible", {"provider": "lsh_kernels exact", "measure": "time", "depth": 24, "ms_p50": 13}),
-                ("reversible", {"provider": "lsh_kernels exact", "measure": "drift", "depth": 24, "drift": 0}),
-                ("reversible", {"provider": "not reversible", "measure": "time", "depth": 24, "ms_p50": 10}),
-                ("feedforward", {"provider": "plain MLP", "measure": "memory", "peak_mib": 100}),
-                ("feedforward", {"provider": "lsh_kernels", "measure": "memory", "peak_mib": 5}),
-                ("feedforward", {"provider": "plain MLP", "measure": "time", "ms_p50": 2}),
-                ("feedforward", {"provider": "lsh_kernels", "measure": "time", "ms_p50": 3}),
-            )
-        ),
-    ]
-
-
-def written_report(folder):
-    status = report.main(
-        ["--results", str(folder / "results"), "--readme", str(folder / "README.md"), "--pictures", str(folder / "docs")]
-    )
-    assert status == 0
-    return (folder / "README.md").read_text()
-
-
-def test_bench_report_writes_between_its_markers(tmp_path):
-    rows_csv(tmp_path / "results" / "box.csv", sample_rows())
-    rows_csv(tmp_path / "results" / "gpu.csv", sample_rows(device="Some GPU", cores="16")[:1])
-    (tmp_path / "results" / "other.csv").write_text("layer,head\n0,0\n")
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    text = written_report(tmp_path)
-    assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n") and "\nold\n" not in text
-    assert "Rows run on a CPU: 15 on 2 cores of Some CPU. Rows run on a GPU: 1 on Some GPU. Rows modelled: none." in text
-    assert text.index("### Some GPU") < text.index("### 2 cores of Some CPU")
-    assert "| lsh_kernels torch | 8 |" in text and "| SDPA math | 77.5 |" in text
-    assert "| sort, torch.sort int16 | 3 | 25.0% |" in text
-    assert "memory at depth 24 is 1.200 times (bar: 1.100) that at depth 2" in text
-    assert "a step takes 1.300 times (bar: 1.400) its time not reversible" in text
-    assert "| lsh_kernels exact | 10 | 12 | 13 | 0 |" in text and "| not reversible | – | – | 10 | – |" in text
-    assert "memory is 0.050 times (bar: 0.125) the plain MLP's" in text
-    assert "time is 1.500 times (bar: 1.350) the plain MLP's" in text
-    assert "the best exact attention from L = 2,048" in text
-    assert "- SDPA cuDNN (absent at 1,024): not a backend of the CPU" in text
-    kinds = {f"box_{kind}.png" for kind in ("time", "memory", "roofline", "reversible")} | {"gpu_time.png"}
-    assert {path.name for path in (tmp_path / "docs").iterdir()} == kinds
-    assert all(f"](docs/{name})" in text for name in kinds)
-
-
-def test_bench_report_twice_is_the_same(tmp_path):
-    rows_csv(tmp_path / "results" / "box.csv", sample_rows())
-    first = written_report(tmp_path)
-    pictures = {path.name: path.read_bytes() for path in (tmp_path / "docs").iterdir()}
-    assert written_report(tmp_path) == first
-    assert {path.name: path.read_bytes() for path in (tmp_path / "docs").iterdir()} == pictures
-
-
-def test_bench_report_takes_the_last_row_of_each_kind(tmp_path):
-    again = [row | {"ms_p50": 5} for row in sample_rows()[:1]]
-    rows_csv(tmp_path / "box.csv", sample_rows() + again)
-    times = report.select(report.load(tmp_path), "ms_p50", suite="attention")
-    assert times["lsh_kernels torch"] == {1024: 5, 4096: 8}
-
-
-def test_bench_report_takes_all_batches_of_a_fixed_number_of_tokens(tmp_path):
-    rows = [row | {"regime": "tokens", "B": 4096 // row["L"]} for row in sample_rows()[:2]]
-    rows_csv(tmp_path / "box.csv", rows)
-    times = report.select(report.load(tmp_path), "ms_p50", suite="attention", regime="tokens")
-    assert times == {"lsh_kernels torch": {1024: 2, 4096: 8}}
-
-
-def test_bench_report_has_a_line_of_its_own_for_every_peer():
-    assert len({(line["linestyle"], line["marker"]) for line in report.LINES}) >= len(peers.PEERS | peers.VARIANTS)
-
-
-def test_bench_report_does_not_mix_shapes(tmp_path):
-    """Of two head dims in one CSV the tables show the one measured last, at all its lengths."""
-    other = [row | {"D": 128, "ms_p50": 7} for row in sample_rows()[:4:2]]
-    rows_csv(tmp_path / "box.csv", other + [row | {"D": 64} for row in sample_rows()[:4]])
-    times = report.select(report.load(tmp_path), "ms_p50", suite="attention")
-    assert times == {"lsh_kernels torch": {1024: 2, 4096: 8}, "SDPA math": {1024: 1, 4096: 16}}
-    rows_csv(tmp_path / "box.csv", other[:1])
-    times = report.select(report.load(tmp_path), "ms_p50", suite="attention")
-    assert times == {"lsh_kernels torch": {1024: 7}, "SDPA math": {1024: 7}}
-
-
-def test_bench_report_reads_the_rows_that_are_committed():
-    rows = report.load(BENCH / "results")
-    assert {"lsh_kernels torch", "SDPA flash"} <= {row["provider"] for row in rows}
-    assert all(row["regime"] and row["status"] in ("ok", "absent", "failed") for row in rows)
-
-
-def test_bench_report_refuses_a_text_without_markers(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.END}\n{report.BEGIN}\n")
-    with pytest.raises(ValueError, match=r"README\.md: wanted one"):
-        report.write(readme, "text")
-
-
-def rehearse(out, *options, cwd=None):
-    """(status, output) of the one-call version, rehearsed in a process of its own."""
-    command = [sys.executable, BENCH / "gpu.py", "--rehearse", "--out", out, *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd)
-    return done.returncode, done.stdout
-
-
-REHEARSED = ["lsh_kernels triton", "SDPA flash", "lsh_kernels exact", "plain MLP"]
-
-
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    """(folder, what was said, rows) of a rehearsal of all suites, with a few providers at one length."""
-    out = tmp_path_factory.mktemp("rehearsal")
-    tests = ["--tests", "tests/test_readme.py", "-k", "has_snippets"]
-    status, said = rehearse(out, "--providers", *REHEARSED, "--lengths", "64", *tests)
-    assert status == 0, said
-    with (out / "rehearsal.csv").open(newline="") as file:
-        return out, said, list(csv.DictReader(file))
-
-
-def test_bench_gpu_rehearsal_leaves_every_file(rehearsal):
-    out, said, rows = rehearsal
-    assert sorted(path.name for path in out.iterdir()) == [
-        "bench.log", "rehearsal.csv", "rehearsal_memory.png", "rehearsal_reversible.png", "rehearsal_roofline.png",
-        "rehearsal_time.png", "report.md", "tests.log",
-    ]  # fmt: skip
-    assert {row["suite"] for row in rows} == set(bench.SUITES)
-    assert {row["device"] for row in rows} == {"cpu, interpreted Triton"}
-    assert {row["provider"] for row in rows if row["status"] == "ok"} == set(REHEARSED)
-    text = (out / "report.md").read_text()
-    assert "Rows run on a GPU: none" in text and "](rehearsal_time.png)" in text
-    assert "no number here is one of a GPU" in (out / "bench.log").read_text() and "\r" not in said
-    status, said = rehearse(out)
-    assert status == 2 and "is not empty" in said
-
-
-def test_bench_reversible_rows_have_numbers(rehearsal):
-    rows = [row for row in rehearsal[2] if row["suite"] == "reversible"]
-    assert [(row["measure"], row["depth"]) for row in rows] == [
-        ("memory", "12"), ("memory", "2"), ("time", "2"), ("drift", "12"), ("drift", "2"),
-    ]  # fmt: skip
-    assert all((row["status"], row["op"], row["embed_dim"]) == ("ok", "reversible", "16") for row in rows)
-    assert float(rows[0]["peak_mib"]) > 0 and float(rows[1]["peak_mib"]) > 0 and float(rows[2]["ms_p50"]) > 0
-    assert [row["drift"] for row in rows[3:]] == ["0", "0"]
-
-
-def test_bench_gpu_stops_when_a_test_fails(tmp_path):
-    (tmp_path / "test_broken.py").write_text("def test_broken():\n    assert 1 == 2\n")
-    status, said = rehearse(tmp_path / "out", "--tests", str(tmp_path / "test_broken.py"))
-    assert (
-        status == 1
-        and "the tests failed, nothing was timed" in said
-        and "FAILED" in said
-        and "test_broken.py::test_broken" in said
-    )
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.log", "tests.log"]
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_bench_gpu_goes_on_if_the_tests_take_too_long_and_none_failed(fails, tmp_path):
-    (tmp_path / "test_slow.py").write_text(
-        f"import time\n\ndef test_first():\n    assert {not fails}\n\ndef test_slow():\n    time.sleep(60)\n"
-    )
-    options = ["--test-budget", "10", "--budget", "0", "--tests", str(tmp_path / "test_slow.py"), "-p", "no:cacheprovider"]
-    status, said = rehearse("out", *options, cwd=tmp_path)
-    assert status == (1 if fails else 0), said
-    assert ("the tests failed, nothing was timed" in said) == fails
-    assert ("the tests did not end in time; none of those that ran failed" in said) == (not fails)
-    assert (tmp_path / "out" / "report.md").exists() == (not fails)
-
-
-def test_bench_gpu_says_what_it_ran_without_git(monkeypatch):
-    monkeypatch.setattr(gpu, "machine", lambda: {"commit": None})
-    assert re.fullmatch(r"unknown, sources [0-9a-f]{12}", gpu._commit())
-    monkeypatch.setattr(gpu, "machine", lambda: {"commit": "abc"})
-    assert gpu._commit() == "abc"

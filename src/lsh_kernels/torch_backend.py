@@ -194,6 +194,13 @@ def dropout_threshold(dropout_p: float) -> int:
     return round(dropout_p * 2**32)
 
 
+def inverse_norm(x: Tensor, norm_eps: float, dtype: torch.dtype) -> Tensor:
+    """What shared keys are multiplied with: 1 / |x|, 0 for a zero row. x [.., D] -> [..]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    inverse = (norm.square() + x.shape[-1] * norm_eps).rsqrt() if norm_eps else 1 / norm
+    return inverse.masked_fill_(norm == 0, 0)
+
+
 def _dropout_scale(dropout_p: float) -> float:
     return 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)
 
@@ -211,10 +218,9 @@ class _Heads:
         self.padding = None if tensors.padding is None else tensors.padding[b]  # [S]
         self.inverse_norm = None
         if tensors.shared:
-            norm = torch.linalg.vector_norm(query[b, self.heads], dim=-1, dtype=tensors.dtype)  # [n, L]
-            inverse = (norm.square() + query.shape[-1] * o.norm_eps).rsqrt() if o.norm_eps else 1 / norm
-            unused = norm == 0 if self.padding is None else (norm == 0) | self.padding
-            self.inverse_norm = inverse.masked_fill(unused, 0)
+            self.inverse_norm = inverse_norm(query[b, self.heads], o.norm_eps, tensors.dtype)  # [n, L]
+            if self.padding is not None:
+                self.inverse_norm.masked_fill_(self.padding, 0)
 
         self.walks = head_walks(tensors.state, b, self.heads, self.kv_ids, o)
 
