@@ -103,7 +103,7 @@ def test_modules_self_attention_names_its_parameters():
         ({"num_heads": 5}, ValueError, "embed_dim: got 32, wanted a multiple of num_heads = 5"),
         ({"num_heads": 2.0}, TypeError, "num_heads: got 2.0, wanted an int"),
         ({"head_dim": 2.5}, TypeError, "head_dim: got 2.5, wanted an int"),
-        ({"num_heads": 0}, ValueError, "embed_dim, num_heads: got 32, 0"),
+        ({"num_heads": 0}, ValueError, "num_heads: got 0, wanted >= 1"),
         ({"head_dim": 0}, ValueError, "head_dim: got 0"),
         ({"config": {"n_hashes": 2}}, TypeError, "config: got dict, wanted an LSHConfig"),
         ({"dropout": 1.5}, ValueError, "dropout: got 1.5"),

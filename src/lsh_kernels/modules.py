@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lsh_kernels.config import MAX_BUCKETS, LSHConfig
+from lsh_kernels.config import MAX_BUCKETS, LSHConfig, check_int
 from lsh_kernels.functional import local_attention, lsh_attention, random_rotations
 
 EVAL_SEED = 0
@@ -182,10 +182,7 @@ class LocalSelfAttention(nn.Module):
     ):
         super().__init__()
         _set_self_attention(self, embed_dim, num_heads, head_dim, causal, dropout, rotary)
-        if isinstance(window, bool) or not isinstance(window, int):
-            raise TypeError(f"window: got {window!r}, wanted an int")
-        if window < 1:
-            raise ValueError(f"window: got {window}, wanted >= 1")
+        check_int("window", window, 1)
         self.window = window
         width = self.num_heads * self.head_dim
         self.q_proj = nn.Linear(embed_dim, width, bias=bias, device=device, dtype=dtype)
@@ -268,10 +265,7 @@ class LSHMultiheadAttention(_FixedInEval, nn.MultiheadAttention):
         self.config = LSHConfig() if config is None else config
         _check_config(self.config)
         _check_dropout(self.dropout)
-        if isinstance(exact_below, bool) or not isinstance(exact_below, int):
-            raise TypeError(f"exact_below: got {exact_below!r}, wanted an int")
-        if exact_below < 0:
-            raise ValueError(f"exact_below: got {exact_below}, wanted >= 0")
+        check_int("exact_below", exact_below, 0)
         if self.bias_k is not None:
             raise ValueError("add_bias_kv: got True, wanted False (LSH attention has no extra key yet)")
         if self.add_zero_attn:
@@ -538,14 +532,9 @@ def _set_self_attention(layer, embed_dim, num_heads, head_dim, causal, dropout, 
     """Check and set what the self-attention layers have in common."""
     sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "head_dim": 1 if head_dim is None else head_dim}
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {value!r}, wanted an int")
-    if embed_dim < 1 or num_heads < 1:
-        raise ValueError(f"embed_dim, num_heads: got {embed_dim}, {num_heads}, wanted both >= 1")
+        check_int(name, value, 1)
     if head_dim is None and embed_dim % num_heads:
         raise ValueError(f"embed_dim: got {embed_dim}, wanted a multiple of num_heads = {num_heads}, or head_dim")
-    if head_dim is not None and head_dim < 1:
-        raise ValueError(f"head_dim: got {head_dim}, wanted >= 1")
     _check_dropout(dropout)
     layer.embed_dim = embed_dim
     layer.num_heads = num_heads
