@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from lsh_kernels.config import LSHConfig
 from lsh_kernels.models import ReformerConfig, ReformerLM
-from lsh_kernels.modules import LSHMultiheadAttention, replace_multihead_attention
+from lsh_kernels.multihead import LSHMultiheadAttention, replace_multihead_attention
 
 EMBED_DIM = 128
 NUM_HEADS = 4

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .config import SPANS, LSHConfig, bucket_factors, check_int
 from .functional import lsh_attention, lsh_hash, random_rotations
-from .modules import LSHMultiheadAttention, LSHSelfAttention, replace_multihead_attention
+from .modules import LSHSelfAttention
+from .multihead import LSHMultiheadAttention, replace_multihead_attention
 from .torch_backend import head_walks, sort_rounds
 from .torch_walk import Walk, compute_dtype
 
