@@ -19,7 +19,7 @@ from pathlib import Path
 
 from timing import DEVICE_LOST
 
-from lsh_kernels.demo import machine
+from lsh_kernels.measure import machine
 
 ROOT = Path(__file__).parent.parent
 TESTS = {False: ["-m", "gpu"], True: ["tests/test_combine_rounds.py", "-k", "not gpu"]}

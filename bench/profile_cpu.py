@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lsh_kernels import LSHConfig, lsh_attention, random_rotations, torch_backend
 from lsh_kernels.config import AttentionOptions
-from lsh_kernels.demo import machine
+from lsh_kernels.measure import machine
 
 B, H, D, R, C = 1, 8, 64, 4, 64
 KINDS = {

@@ -21,8 +21,8 @@ from functools import cache
 import torch
 from cases import AbsentError
 
-from lsh_kernels.demo import machine, peak, start_of_peak
 from lsh_kernels.functional import triton_problem
+from lsh_kernels.measure import machine, peak, start_of_peak
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 # ms of a call on a GPU

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lsh_kernels import LSHMultiheadAttention, ReformerLM, demo
+from lsh_kernels import LSHMultiheadAttention, ReformerLM, demo, measure
 
 NAMES = ["exact", "LSH, shared QK", "LSH, separate keys"]
 ROOT = Path(__file__).parents[1]
@@ -148,7 +148,7 @@ def test_demo_reformer_loss_is_that_of_its_logits():
 
 def results_without_runs():
     return {
-        "machine": demo.machine(),
+        "machine": measure.machine(),
         "options": {"length": 8, "steps": 1, "layers": 1, "seed": 0},
         "models": {"exact": {"train": [{"step": 1, "bits_per_byte": 8.0, "seconds": 0.5}], "heldout": []}},
         "layer": {"exact": [{"length": 4, "seconds": 0.1, "peak_bytes": 0}]},
@@ -326,10 +326,3 @@ def test_demo_sinusoids():
     half = demo.EMBED_DIM // 2
     assert positions[2, 0].item() == pytest.approx(math.sin(2)) and positions[2, half].item() == pytest.approx(math.cos(2))
     assert positions[1, half - 1].item() == pytest.approx(math.sin(10_000 ** -((half - 1) / half)))
-
-
-def test_demo_commit_is_this_files_or_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "demo.py"))
-    assert demo._commit() is None
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert demo._commit() is None

@@ -223,8 +223,7 @@ def test_recall_leaves_random_state_alone():
         ({"query": None}, {}, "query: got NoneType, wanted a tensor of 4 dimensions"),
         ({"key": torch.ones(3, 4)}, {}, r"key: got \(3, 4\), wanted a tensor of 4 dimensions"),
         ({"value": torch.ones(1, 1, 2, 2)}, {}, "value"),
-        ({}, {"n_queries": 0}, "n_queries: got 0, wanted an int >= 1 or None"),
-        ({}, {"n_queries": 0.5}, "n_queries: got 0.5"),
+        ({}, {"n_queries": 0}, "n_queries: got 0, wanted >= 1"),
         ({}, {"buckets": torch.zeros(1, 1, 1, 1, dtype=torch.int32)}, "buckets: got shape"),
     ],
 )
@@ -234,6 +233,8 @@ def test_recall_checks_its_arguments(fields, options, message):
         attention_recall(inputs._replace(**fields), **options)
     with pytest.raises(TypeError, match="config: got str, wanted an LSHConfig or None"):
         attention_recall(inputs, "paper")
+    with pytest.raises(TypeError, match="n_queries: got 0.5, wanted an int"):
+        attention_recall(inputs, n_queries=0.5)
 
 
 # buckets and configs

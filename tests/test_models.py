@@ -392,8 +392,8 @@ def test_models_generate_leaves_the_modes_as_they_were():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"n_tokens": 60}, ValueError, "n_tokens: got 60 after 5 tokens, wanted >= 0, and at most 64 in all"),
-        ({"n_tokens": -1}, ValueError, "n_tokens: got -1"),
+        ({"n_tokens": 60}, ValueError, "n_tokens: got 60 after 5 tokens, wanted at most 64 in all"),
+        ({"n_tokens": -1}, ValueError, "n_tokens: got -1, wanted >= 0"),
         ({"n_tokens": 2.0}, TypeError, "n_tokens: got 2.0, wanted an int"),
         ({"temperature": -0.1}, ValueError, "temperature: got -0.1"),
         ({"top_k": 0}, ValueError, "top_k: got 0, wanted >= 1"),

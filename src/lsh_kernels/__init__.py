@@ -20,12 +20,8 @@ if TYPE_CHECKING:
         random_rotations,
     )
     from lsh_kernels.models import ReformerConfig, ReformerLM
-    from lsh_kernels.modules import (
-        LocalSelfAttention,
-        LSHMultiheadAttention,
-        LSHSelfAttention,
-        replace_multihead_attention,
-    )
+    from lsh_kernels.modules import LocalSelfAttention, LSHSelfAttention
+    from lsh_kernels.multihead import LSHMultiheadAttention, replace_multihead_attention
     from lsh_kernels.reversible import ReversibleBlock, ReversibleSequence
 
 __version__ = "0.1.0"
@@ -55,7 +51,7 @@ __all__ = [
 _MODULE_OF = {
     "ChunkedFeedForward": "feedforward",
     "LSHConfig": "config",
-    "LSHMultiheadAttention": "modules",
+    "LSHMultiheadAttention": "multihead",
     "LSHSelfAttention": "modules",
     "LocalSelfAttention": "modules",
     "ReformerConfig": "models",
@@ -63,7 +59,7 @@ _MODULE_OF = {
     "ReversibleBlock": "reversible",
     "ReversibleSequence": "reversible",
     "chunked_cross_entropy": "cross_entropy",
-    "replace_multihead_attention": "modules",
+    "replace_multihead_attention": "multihead",
 }
 
 

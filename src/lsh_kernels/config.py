@@ -67,9 +67,9 @@ class LSHConfig:
             ("chunks_after", 0),
             ("local_window", 0),
         ):
-            _check_int(name, getattr(self, name), least)
+            check_int(name, getattr(self, name), least)
         if self.window is not None:
-            _check_int("window", self.window, 1)
+            check_int("window", self.window, 1)
         for name in ("within_bucket", "dedupe", "wrap"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted a bool")
@@ -151,7 +151,8 @@ def default_factors(length: int, chunk_length: int) -> tuple[int, ...]:
     return (2 ** (p // 2), 2 ** (p - p // 2))
 
 
-def _check_int(name: str, value, least: int) -> None:
+def check_int(name: str, value, least: int) -> None:
+    """TypeError, ValueError: value is no int, is less than `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {value!r}, wanted an int")
     if value < least:

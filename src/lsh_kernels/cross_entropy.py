@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .config import check_int
 from .feedforward import accumulate, matmul_dtype
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -51,10 +52,7 @@ def chunked_cross_entropy(
 
     Source: the chunked loss of Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2020, section 3.
     """
-    if isinstance(chunk, bool) or not isinstance(chunk, int):
-        raise TypeError(f"chunk: got {chunk!r}, wanted an int")
-    if chunk < 1:
-        raise ValueError(f"chunk: got {chunk}, wanted >= 1")
+    check_int("chunk", chunk, 1)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, wanted one of {', '.join(map(repr, _REDUCTIONS))}")
     if target.dtype != torch.int64:

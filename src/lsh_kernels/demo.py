@@ -9,16 +9,12 @@ separate keys. Every model trains in a process of its own, so that peak memory i
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import sysconfig
 import time
@@ -32,8 +28,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lsh_kernels.config import LSHConfig
+from lsh_kernels.measure import machine, peak, start_of_peak, write_results
 from lsh_kernels.models import ReformerConfig, ReformerLM
-from lsh_kernels.modules import LSHMultiheadAttention, replace_multihead_attention
+from lsh_kernels.multihead import LSHMultiheadAttention, replace_multihead_attention
 
 EMBED_DIM = 128
 NUM_HEADS = 4
@@ -333,53 +330,6 @@ def text_facts(train, heldout):
     }
 
 
-def machine():
-    """Where the numbers come from: CPU model, cores, versions, commit."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "cores": cores,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-    }
-
-
-def _commit():
-    """The commit of this file's checkout, "-dirty" if changed; None outside of one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        # an installed copy may lie inside somebody else's checkout
-        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--exclude=*"], check=True, capture_output=True, text=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
-
-
-def start_of_peak():
-    """Forget the peak so far where the system can (Linux), and return it: bytes that are not the model's."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-    return peak()
-
-
-def peak():
-    """Most resident memory that this process had, in bytes (Linux, macOS)."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def summary(rows):
     """What the table says of one model: last held-out bits per byte, seconds per step (median), peak bytes, or None."""
     return {
@@ -424,27 +374,15 @@ def _cell(value, form):
 
 def _write(out, results):
     """results.json, losses.csv, layer.csv and, with matplotlib, demo.png."""
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    with open(out / "losses.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["model", "step", "train_bits_per_byte", "heldout_bits_per_byte", "seconds"])
-        for name, model in results["models"].items():
-            heldout = {row["step"]: row["bits_per_byte"] for row in model["heldout"]}
-            for row in model["train"]:
-                rows.writerow([name, row["step"], row["bits_per_byte"], heldout.get(row["step"], ""), row["seconds"]])
-    with open(out / "layer.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["model", "length", "seconds", "peak_bytes"])
-        for name, lengths in results["layer"].items():
-            rows.writerows([name, row["length"], row["seconds"], row["peak_bytes"]] for row in lengths)
-    files = "results.json, losses.csv, layer.csv"
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"\nwrote {files} to {out}; no demo.png: matplotlib is not installed")
-        return
-    plot(Figure(figsize=(13, 4), layout="constrained"), results).savefig(out / "demo.png", dpi=150)
-    print(f"\nwrote {files}, demo.png to {out}")
+    losses = [["model", "step", "train_bits_per_byte", "heldout_bits_per_byte", "seconds"]]
+    for name, model in results["models"].items():
+        heldout = {row["step"]: row["bits_per_byte"] for row in model["heldout"]}
+        losses += [[name, row["step"], row["bits_per_byte"], heldout.get(row["step"]), row["seconds"]] for row in model["train"]]
+    layer = [["model", "length", "seconds", "peak_bytes"]]
+    for name, rows in results["layer"].items():
+        layer += [[name, row["length"], row["seconds"], row["peak_bytes"]] for row in rows]
+    tables = {"losses.csv": losses, "layer.csv": layer}
+    write_results(out, "results.json", results, tables, "demo.png", (13, 4), plot)
 
 
 def plot(figure, results):

@@ -6,8 +6,6 @@ Of queries and keys in a file, or of the layers of a model that the demo trained
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import statistics
 import sys
 from dataclasses import replace
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from lsh_kernels import demo
 from lsh_kernels.config import SPANS, LSHConfig
 from lsh_kernels.diagnostics import AttentionInputs, attention_recall, capture_attention, config_grid
+from lsh_kernels.measure import machine, write_results
 
 N_TEXTS = 4  # held-out sequences that a model of the demo reads
 ENOUGH = 0.9  # of the softmax mass
@@ -39,7 +38,7 @@ def main(argv=None) -> int:
     try:
         source, layers = _load(options)
         results = {
-            "machine": demo.machine(),
+            "machine": machine(),
             "source": source,
             "options": {
                 name: getattr(options, name)
@@ -246,19 +245,10 @@ def table(results) -> str:
 
 def _write(out, results):
     """diagnosis.json, recall.csv and, with matplotlib, diagnosis.png."""
-    (out / "diagnosis.json").write_text(json.dumps(results, indent=1) + "\n")
-    with open(out / "recall.csv", "w", newline="") as file:
-        rows = csv.DictWriter(file, ["layer", "head", "span", "local_window", "n_hashes", "n_queries", "recall", "recall_p10",
-                                     "cosine_error", "n_keys", "perplexity"])  # fmt: skip
-        rows.writeheader()
-        rows.writerows(results["rows"])
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"\nwrote diagnosis.json, recall.csv to {out}; no diagnosis.png: matplotlib is not installed")
-        return
-    plot(Figure(figsize=(11, 8), layout="constrained"), results).savefig(out / "diagnosis.png", dpi=150)
-    print(f"\nwrote diagnosis.json, recall.csv, diagnosis.png to {out}")
+    columns = ["layer", "head", "span", "local_window", "n_hashes", "n_queries", "recall", "recall_p10", "cosine_error", "n_keys",
+               "perplexity"]  # fmt: skip
+    tables = {"recall.csv": [columns, *([row[name] for name in columns] for row in results["rows"])]}
+    write_results(out, "diagnosis.json", results, tables, "diagnosis.png", (11, 8), plot)
 
 
 def plot(figure, results):

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import SPANS, LSHConfig, bucket_factors
+from .config import SPANS, LSHConfig, bucket_factors, check_int
 from .functional import lsh_attention, lsh_hash, random_rotations
-from .modules import LSHMultiheadAttention, LSHSelfAttention, replace_multihead_attention
+from .modules import LSHSelfAttention
+from .multihead import LSHMultiheadAttention, replace_multihead_attention
 from .torch_backend import head_walks, sort_rounds
 from .torch_walk import Walk, compute_dtype
 
@@ -95,8 +96,8 @@ def attention_recall(
         if not isinstance(x, Tensor) or x.dim() != 4:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name}: got {got}, wanted a tensor of 4 dimensions")
-    if n_queries is not None and (not isinstance(n_queries, int) or n_queries < 1):
-        raise ValueError(f"n_queries: got {n_queries!r}, wanted an int >= 1 or None")
+    if n_queries is not None:
+        check_int("n_queries", n_queries, 1)
     (B, H, L, D), (Hkv, S), device = query.shape, keys.shape[1:3], query.device
     factors, dtype = config.factors(S), compute_dtype(query.dtype)
     scale = scale if scale is not None else 1.0 if shared else D**-0.5

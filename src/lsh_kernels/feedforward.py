@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .config import check_int
+
 # name: the function, and its gradient from (gradient of its output, its input)
 _ACTIVATIONS = {
     "gelu": (F.gelu, torch.ops.aten.gelu_backward),
@@ -67,10 +69,7 @@ class ChunkedFeedForward(nn.Module):
     ):
         super().__init__()
         check_feed_forward(ff_dim, chunk, activation, glu, dropout)
-        if isinstance(embed_dim, bool) or not isinstance(embed_dim, int):
-            raise TypeError(f"embed_dim: got {embed_dim!r}, wanted an int")
-        if embed_dim < 1:
-            raise ValueError(f"embed_dim: got {embed_dim}, wanted >= 1")
+        check_int("embed_dim", embed_dim, 1)
         self.embed_dim = embed_dim
         self.ff_dim = ff_dim
         self.chunk = chunk
@@ -98,11 +97,8 @@ def check_feed_forward(ff_dim, chunk, activation, glu, dropout, prefix="") -> No
 
     `prefix`: of the names that the caller has for chunk and dropout.
     """
-    for name, value in (("ff_dim", ff_dim), (f"{prefix}chunk", chunk)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {value!r}, wanted an int")
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, wanted >= 1")
+    check_int("ff_dim", ff_dim, 1)
+    check_int(f"{prefix}chunk", chunk, 1)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, wanted one of {', '.join(map(repr, _ACTIVATIONS))}")
     if glu is not None and not isinstance(glu, bool):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops, recompute
-from .config import AttentionOptions, LSHConfig, bucket_factors
+from .config import AttentionOptions, LSHConfig, bucket_factors, check_int
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BACKENDS = ("auto", "torch", "triton")
@@ -171,11 +171,8 @@ def local_attention(
         "chunks_after": chunks_after,
     }
     for name, size in sizes.items():
-        least = 0 if name.startswith("chunks") else 1
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
-            raise TypeError(f"{name}: got {size!r}, wanted an int")
-        if size is not None and size < least:
-            raise ValueError(f"{name}: got {size}, wanted >= {least}")
+        if size is not None:
+            check_int(name, size, 0 if name.startswith("chunks") else 1)
     if wrap and chunk_length is None:
         raise ValueError("wrap: got True with a window, wanted chunk_length (only chunks can form a cycle)")
     dropout_p, scale = _check_numbers(dropout_p, scale, query.shape[-1] ** -0.5)
@@ -220,10 +217,8 @@ def random_rotations(
     """
     factors = bucket_factors(n_buckets)
     for name, value in (("head_dim", head_dim), ("n_hashes", n_hashes), ("n_heads", 1 if n_heads is None else n_heads)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{name}: got {value!r}, wanted an int")
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, wanted >= 1")
+        if not isinstance(value, torch.SymInt):
+            check_int(name, value, 1)
     _check_generator(generator)
     # the overload with a generator takes no symbolic sizes
     source = {} if generator is None else {"generator": generator}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lsh_kernels.config import LSHConfig
+from lsh_kernels.config import LSHConfig, check_int
 from lsh_kernels.cross_entropy import chunked_cross_entropy
 from lsh_kernels.feedforward import ChunkedFeedForward, check_feed_forward
 from lsh_kernels.modules import LocalSelfAttention, LSHSelfAttention
@@ -85,10 +85,10 @@ class ReformerConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "max_length", "embed_dim", "num_heads", "n_layers", "window", "loss_chunk"):
-            _check_int(name, getattr(self, name))
+            check_int(name, getattr(self, name), 1)
         for name in ("head_dim", "ff_dim"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name))
+                check_int(name, getattr(self, name), 1)
         for name in ("causal", "tied", "reversible", "exact"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted a bool")
@@ -130,7 +130,7 @@ class ReformerConfig:
             if len(pair) != 2:
                 raise ValueError(f"{name}: got {pair}, wanted a pair")
             for size in pair:
-                _check_int(name, size)
+                check_int(name, size, 1)
         if math.prod(shape) < self.max_length:
             raise ValueError(f"axial_shape: got {shape}, wanted a product >= max_length = {self.max_length}")
         if sum(dims) != self.embed_dim:
@@ -270,15 +270,14 @@ class ReformerLM(nn.Module):
         """
         if not self.config.causal:
             raise ValueError("generate: got a model with causal=False, wanted a decoder")
-        if isinstance(n_tokens, bool) or not isinstance(n_tokens, int):
-            raise TypeError(f"n_tokens: got {n_tokens!r}, wanted an int")
-        if n_tokens < 0 or tokens.shape[-1] + n_tokens > self.config.max_length:
-            wanted = f">= 0, and at most {self.config.max_length} in all"
+        check_int("n_tokens", n_tokens, 0)
+        if tokens.shape[-1] + n_tokens > self.config.max_length:
+            wanted = f"at most {self.config.max_length} in all"
             raise ValueError(f"n_tokens: got {n_tokens} after {tokens.shape[-1]} tokens, wanted {wanted}")
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature: got {temperature}, wanted a finite number >= 0")
         if top_k is not None:
-            _check_int("top_k", top_k)
+            check_int("top_k", top_k, 1)
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
@@ -375,10 +374,3 @@ def _draw(logits, temperature, top_k, generator):
         values, best = logits.topk(top_k, dim=1)
         logits = torch.full_like(logits, -math.inf).scatter_(1, best, values)
     return torch.multinomial((logits / temperature).softmax(1), 1, generator=generator)
-
-
-def _check_int(name, value):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r}, wanted an int")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, wanted >= 1")
