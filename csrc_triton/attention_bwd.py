@@ -135,6 +135,22 @@ def search_queries(
 
 
 @triton.jit
+def is_first_of_many(q_pos, k_pos, r, pid_bh, pid_kv, coords_ptr, limits_ptr, L, S, MODE: tl.constexpr):
+    """`is_first_round` of pairs [queries, keys] or, as the positions broadcast, [keys, queries], one round after the other:
+    no matter how many there are, registers hold one."""
+    first_mask = (q_pos >= 0) & (k_pos >= 0)
+    for e in range(0, r):
+        coord = unmarked(tl.load(coords_ptr + (pid_kv * MODE.R + e) * S + k_pos))
+        offs = (pid_bh * MODE.R + e) * L + q_pos
+        if MODE.SHARED:
+            before, width = dedupe_reach(S, MODE)
+            first_mask &= ~is_within(coord, unmarked(tl.load(coords_ptr + offs)) - before, width)
+        else:
+            first_mask &= ~is_within(coord, tl.load(limits_ptr + offs * 2), tl.load(limits_ptr + offs * 2 + 1))
+    return first_mask
+
+
+@triton.jit
 def recompute_probs(logits, valid_mask, lse):
     """P from logits and the total lse in base 2; never above 1, however coarse the grid of huge logits is."""
     return tl.where(valid_mask, tl.exp2(tl.minimum(logits - lse, 0.0)), 0.0)
@@ -177,6 +193,9 @@ def _attention_bwd_kernel(
     SEARCHED: tl.constexpr = MODE.HASHED and MODE.WITHIN_BUCKET and not MODE.SHARED
     # within hashed buckets no interval holds a padded key
     CHECK_PADDING: tl.constexpr = MODE.HAS_PADDING and (MODE.LOCAL_WINDOW > 0 or not MODE.WITHIN_BUCKET)
+    # what rows see in so many rounds does not fit into registers
+    MANY_ROUNDS: tl.constexpr = MODE.DEDUPE and MODE.ROUNDS > 8
+    FEW_ROUNDS: tl.constexpr = MODE.DEDUPE and MODE.ROUNDS <= 8
     pid = tl.program_id(0)
     n_own, n_heads = (S, HKV) if PART == "keys" else (L, H)
     n_tiles = tl.cdiv(n_own, BLOCK_M)
@@ -215,7 +234,7 @@ def _attention_bwd_kernel(
         if MODE.SHARED:
             own_inverse_norm = tl.load(inverse_norm_ptr + pid_own * L + pos)
             key_scale *= own_inverse_norm
-        if MODE.DEDUPE:
+        if FEW_ROUNDS:
             if MODE.SHARED:
                 before, width = dedupe_reach(S, MODE)
                 own = negated_coords(pos, r, width - 1 - before, pid_kv, coords_ptr, S, MODE)
@@ -264,7 +283,11 @@ def _attention_bwd_kernel(
                     seen_width = tl.where(r < MODE.R, seen_width, FAR)
                     valid_mask &= is_within(stretched[:, None], seen_from[None, :], seen_width[None, :])
                 valid_mask = position_mask(valid_mask, pos[:, None], q_pos[None, :], MODE)
-                if MODE.DEDUPE:
+                if MANY_ROUNDS:
+                    valid_mask &= is_first_of_many(
+                        q_pos[None, :], pos[:, None], r, pid_bh, pid_kv, coords_ptr, limits_ptr, L, S, MODE
+                    )
+                if FEW_ROUNDS:
                     if MODE.SHARED:
                         walked, widths = earlier_coords(q_pos, pid_bh, coords_ptr, L, MODE), ()
                     else:
@@ -304,7 +327,7 @@ def _attention_bwd_kernel(
         stats_ptrs = stats_ptr + (pid_own * L + pos) * 2
         own_lse, own_delta = tl.load(stats_ptrs), tl.load(stats_ptrs + 1)
         seen, seen_widths = (), ()
-        if MODE.DEDUPE:
+        if FEW_ROUNDS:
             if MODE.SHARED:
                 before, _ = dedupe_reach(S, MODE)
                 seen = negated_coords(pos, r, before, pid_own, coords_ptr, L, MODE)
@@ -322,7 +345,11 @@ def _attention_bwd_kernel(
             valid_mask = position_mask(valid_mask, k_pos[None, :], pos[:, None], MODE)
             if CHECK_PADDING:
                 valid_mask &= k_mask[None, :]
-            if MODE.DEDUPE:
+            if MANY_ROUNDS:
+                valid_mask &= is_first_of_many(
+                    pos[:, None], k_pos[None, :], r, pid_own, pid_kv, coords_ptr, limits_ptr, L, S, MODE
+                )
+            if FEW_ROUNDS:
                 coords = earlier_coords(k_pos, pid_kv, coords_ptr, S, MODE)
                 valid_mask &= is_first_round(seen, coords, seen_widths, S, MODE)
             logits = tl.dot(own_q, tl.trans(k), input_precision="ieee")

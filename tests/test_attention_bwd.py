@@ -71,6 +71,13 @@ def test_attention_bwd_counts_a_pair_once(config, keys, causal, device):
     Call(problem).assert_equal_the_oracle()
 
 
+@pytest.mark.parametrize("keys", ["shared", "separate", "grouped"])
+def test_attention_bwd_counts_a_pair_of_many_rounds_once(keys, device):
+    """Above 8 rounds dedupe looks at one after the other."""
+    sizes = {"H": 2 if keys == "grouped" else 1, "R": 9, "L": 30, "n_buckets": 2, "chunk_length": 5}
+    Call(Problem(device, keys=keys, causal=True, padded=True, local_window=2, **sizes)).assert_equal_the_oracle()
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(
     ("fields", "causal"),
