@@ -30,10 +30,16 @@ def tile_counts(digits, mask, BLOCK_BINS: tl.constexpr):
 
 
 @triton.jit
+def clamped_buckets(buckets_ptrs, mask, N):
+    """Bucket ids, of any integer type, clamped to [0, N)."""
+    buckets = tl.load(buckets_ptrs, mask=mask, other=0)
+    return tl.minimum(tl.maximum(buckets, 0), N - 1).to(tl.int32)
+
+
+@triton.jit
 def load_buckets(buckets_ptr, padding_ptr, pid_bhr, n_rounds, positions, mask, L, N, HAS_PADDING: tl.constexpr):
     """Bucket ids at positions [BLOCK_M] of one (b, h, r), clamped to [0, N); padded positions are in bucket N."""
-    buckets = tl.load(buckets_ptr + pid_bhr * L + positions, mask=mask, other=0)
-    buckets = tl.minimum(tl.maximum(buckets, 0), N - 1).to(tl.int32)
+    buckets = clamped_buckets(buckets_ptr + pid_bhr * L + positions, mask, N)
     if HAS_PADDING:
         padded_mask = tl.load(padding_ptr + pid_bhr // n_rounds * L + positions, mask=mask, other=0) != 0
         buckets = tl.where(padded_mask, N, buckets)

@@ -78,6 +78,7 @@ def hash_sort(length=1024, head_dim=64, dtype=torch.bfloat16, factors=(32, 64), 
     buckets, _, tile_counts = hash_rows(x, rotations, factors, padding, 0.0)
     sort_buckets(buckets, math.prod(factors), 65, padding, tile_counts)
     sort_buckets(buckets.long(), 64, 65, padding)
+    hash_rows(x, None, factors, padding, 0.0, buckets=buckets)
 
 
 def residual(length=4096, dtype=torch.float32, undo=False):
