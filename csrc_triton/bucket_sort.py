@@ -30,23 +30,28 @@ def tile_counts(digits, mask, BLOCK_BINS: tl.constexpr):
 
 
 @triton.jit
+def clamped_buckets(buckets_ptrs, mask, N):
+    """Bucket ids, of any integer type, clamped to [0, N)."""
+    buckets = tl.load(buckets_ptrs, mask=mask, other=0)
+    return tl.minimum(tl.maximum(buckets, 0), N - 1).to(tl.int32)
+
+
+@triton.jit
 def load_buckets(buckets_ptr, padding_ptr, pid_bhr, n_rounds, positions, mask, L, N, HAS_PADDING: tl.constexpr):
     """Bucket ids at positions [BLOCK_M] of one (b, h, r), clamped to [0, N); padded positions are in bucket N."""
-    buckets = tl.load(buckets_ptr + pid_bhr * L + positions, mask=mask, other=0)
-    buckets = tl.minimum(tl.maximum(buckets, 0), N - 1).to(tl.int32)
+    buckets = clamped_buckets(buckets_ptr + pid_bhr * L + positions, mask, N)
     if HAS_PADDING:
         padded_mask = tl.load(padding_ptr + pid_bhr // n_rounds * L + positions, mask=mask, other=0) != 0
         buckets = tl.where(padded_mask, N, buckets)
     return buckets
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "N", "low_bits"])
 def _bucket_sort_count_kernel(
     buckets_ptr, padding_ptr, words_ptr,  # inputs   [B, H, R, L], [B, L], [B, H, R, L] contiguous
-    counts_ptr,                           # output   [B, H, R, n_tiles, N_BINS]
-    L, n_rounds, N,
-    HAS_PADDING: tl.constexpr, FIRST: tl.constexpr, LOW_BITS: tl.constexpr,
-    N_BINS: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_M: tl.constexpr,
+    counts_ptr,                           # output   [B, H, R, n_tiles, BLOCK_BINS]
+    L, n_rounds, N, low_bits,
+    HAS_PADDING: tl.constexpr, FIRST: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M elements of one round and writes how many of them have each digit. The first pass reads
     bucket ids, the second the words that the first one left."""
@@ -57,60 +62,58 @@ def _bucket_sort_count_kernel(
     row_mask = offs_m < L
     if FIRST:
         digits = load_buckets(buckets_ptr, padding_ptr, pid_bhr, n_rounds, offs_m, row_mask, L, N, HAS_PADDING)
-        digits = digits & ((1 << LOW_BITS) - 1)
+        digits = digits & ((1 << low_bits) - 1)
     else:
         words = tl.load(words_ptr + pid_bhr * L + offs_m, mask=row_mask, other=0)
         digits = (words >> _POSITION_BITS) & _LEFT_MASK
     counts = tile_counts(digits, row_mask, BLOCK_BINS)
     offs_bin = tl.arange(0, BLOCK_BINS)
-    tl.store(counts_ptr + pid.to(tl.int64) * N_BINS + offs_bin, counts, mask=offs_bin < N_BINS)
+    tl.store(counts_ptr + pid.to(tl.int64) * BLOCK_BINS + offs_bin, counts)
 
 
 @triton.jit(do_not_specialize=["n_tiles"])
 def _bucket_sort_scan_kernel(
-    counts_ptr,  # input and output [B, H, R, n_tiles, N_BINS]
-    n_tiles, N_BINS: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_T: tl.constexpr,
+    counts_ptr,  # input and output [B, H, R, n_tiles, BLOCK_BINS]
+    n_tiles, BLOCK_BINS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One program owns the counts of one round and replaces each by the slot of the first element of that (bin, tile),
     less the number of the tile's elements in lower bins: slot = offset[tile, bin] + rank in the sorted tile."""
     pid_bhr = tl.program_id(0).to(tl.int64)
     offs_t = tl.arange(0, BLOCK_T)
     offs_bin = tl.arange(0, BLOCK_BINS)
-    bin_mask = offs_bin < N_BINS
-    tile_ptrs = counts_ptr + pid_bhr * n_tiles * N_BINS + offs_t[:, None] * N_BINS + offs_bin[None, :]
+    tile_ptrs = counts_ptr + pid_bhr * n_tiles * BLOCK_BINS + offs_t[:, None] * BLOCK_BINS + offs_bin[None, :]
 
     totals = tl.zeros([BLOCK_BINS], tl.int32)
     counts_ptrs = tile_ptrs
     first = 0
     # not `for .. in range`, which Triton 3.6's interpreter cannot do with a bound known at run time and NumPy 2.4
     while first < n_tiles:
-        block_mask = (first + offs_t < n_tiles)[:, None] & bin_mask[None, :]
+        block_mask = (first + offs_t < n_tiles)[:, None]
         totals += tl.sum(tl.load(counts_ptrs, mask=block_mask, other=0), 0)
-        counts_ptrs += BLOCK_T * N_BINS
+        counts_ptrs += BLOCK_T * BLOCK_BINS
         first += BLOCK_T
 
     before = tl.cumsum(totals, 0) - totals  # [BLOCK_BINS]
     counts_ptrs = tile_ptrs
     first = 0
     while first < n_tiles:
-        block_mask = (first + offs_t < n_tiles)[:, None] & bin_mask[None, :]
+        block_mask = (first + offs_t < n_tiles)[:, None]
         counts = tl.load(counts_ptrs, mask=block_mask, other=0)  # [BLOCK_T, BLOCK_BINS]
         # both sums include the count itself, once with each sign
         offsets = before[None, :] + tl.cumsum(counts, 0) - tl.cumsum(counts, 1)
         tl.store(counts_ptrs, offsets, mask=block_mask)
         before += tl.sum(counts, 0)
-        counts_ptrs += BLOCK_T * N_BINS
+        counts_ptrs += BLOCK_T * BLOCK_BINS
         first += BLOCK_T
 
 
-@triton.jit(do_not_specialize=["L", "stretch"])
+@triton.jit(do_not_specialize=["L", "N", "stretch", "low_bits", "n_bins"])
 def _bucket_sort_scatter_kernel(
     buckets_ptr, padding_ptr, offsets_ptr,  # inputs   [B, H, R, L], [B, L] contiguous, scanned counts
     words_ptr,                              # output of the first of two passes, input of the second  [B, H, R, L]
     order_ptr, stretched_ptr,               # outputs of the last pass  [B, H, R, L]
-    L, n_rounds, N, stretch,
-    HAS_PADDING: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, LOW_BITS: tl.constexpr,
-    N_BINS: tl.constexpr, BLOCK_M: tl.constexpr,
+    L, n_rounds, N, stretch, low_bits, n_bins,
+    HAS_PADDING: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M elements of one round: sorts them stably by digit and writes each to its slot, as a word
     for the second pass or, in the last, as `order` (slot -> position) and `stretched` (position -> slot + bucket * stretch)."""
@@ -124,9 +127,9 @@ def _bucket_sort_scatter_kernel(
     # sort keys are (digit, place in the tile), so that equal digits keep their order
     if FIRST:
         buckets = load_buckets(buckets_ptr, padding_ptr, pid_bhr, n_rounds, start + rank, row_mask, L, N, HAS_PADDING)
-        keys = (buckets & ((1 << LOW_BITS) - 1)) * BLOCK_M + rank
+        keys = (buckets & ((1 << low_bits) - 1)) * BLOCK_M + rank
         if not LAST:
-            keys = (keys << _LEFT_BITS) | (buckets >> LOW_BITS)
+            keys = (keys << _LEFT_BITS) | (buckets >> low_bits)
     else:
         words = tl.load(words_ptr + pid_bhr * L + start + rank, mask=row_mask, other=0)
         keys = ((words >> _POSITION_BITS) & _LEFT_MASK) * BLOCK_M + rank
@@ -137,7 +140,7 @@ def _bucket_sort_scatter_kernel(
     digits = keys // BLOCK_M
     places = start + keys % BLOCK_M
 
-    slots = tl.load(offsets_ptr + pid.to(tl.int64) * N_BINS + digits, mask=row_mask, other=0) + rank
+    slots = tl.load(offsets_ptr + pid.to(tl.int64) * n_bins + digits, mask=row_mask, other=0) + rank
     if not LAST:
         tl.store(words_ptr + pid_bhr * L + slots, (left << _POSITION_BITS) | places, mask=row_mask)
     else:
@@ -194,14 +197,11 @@ def sort_buckets(buckets, n_buckets, stretch, key_padding_mask=None, tile_counts
             tile_counts = _count(buckets, padding, words, L, H * R, n_buckets, has_padding, i == 0, low_bits, n_bins)
         counts, block_m = tile_counts
         n_tiles = ceil_div(L, block_m)
-        block_t, block_bins, num_warps = _scan_launch_config(n_bins)
-        _bucket_sort_scan_kernel[(B * H * R,)](
-            counts, n_tiles, N_BINS=n_bins, BLOCK_BINS=block_bins, BLOCK_T=block_t, num_warps=num_warps
-        )
+        block_t, num_warps = _scan_launch_config(n_bins)
+        _bucket_sort_scan_kernel[(B * H * R,)](counts, n_tiles, BLOCK_BINS=n_bins, BLOCK_T=block_t, num_warps=num_warps)
         _bucket_sort_scatter_kernel[(B * H * R * n_tiles,)](
-            buckets, padding, counts, words, order, stretched, L, H * R, n_buckets, stretch,
-            HAS_PADDING=has_padding, FIRST=i == 0, LAST=i == len(bins) - 1, LOW_BITS=low_bits,
-            N_BINS=n_bins, BLOCK_M=block_m, num_warps=_launch_config(block_m),
+            buckets, padding, counts, words, order, stretched, L, H * R, n_buckets, stretch, low_bits, n_bins,
+            HAS_PADDING=has_padding, FIRST=i == 0, LAST=i == len(bins) - 1, BLOCK_M=block_m, num_warps=_launch_config(block_m),
         )  # fmt: skip
     return order, stretched
 
@@ -214,18 +214,14 @@ class TileCounts(NamedTuple):
 
 
 def digit_bins(n_buckets, has_padding):
-    """(low_bits, bins per pass): one pass over all bucket ids up to N = 256, else two over their low and high bits.
-    Bins come in fours, so that rows of counts start at 16 bytes."""
+    """(low_bits, bins per pass): one pass over all bucket ids up to N = 256, else two over their low and high bits. Bins
+    are a power of 2 and no fewer than a warp of any GPU has lanes, which tl.histogram needs; so kernels compile for few
+    numbers of them, where N follows the length."""
     n_values = n_buckets + has_padding
     bits = (n_values - 1).bit_length()
     low_bits = bits if n_buckets <= 256 else bits // 2
     bins = [min(n_values, 2**low_bits), ceil_div(n_values, 2**low_bits)]
-    return low_bits, [4 * ceil_div(n, 4) for n in bins if n > 1]
-
-
-def bins_block(n_bins):
-    """BLOCK_BINS: a power of 2, and no less than a warp of any GPU, which tl.histogram needs."""
-    return max(64, next_power_of_2(n_bins))
+    return low_bits, [max(64, next_power_of_2(n)) for n in bins if n > 1]
 
 
 def _count(buckets, padding, words, L, n_rounds, n_buckets, has_padding, first, low_bits, n_bins):
@@ -233,9 +229,8 @@ def _count(buckets, padding, words, L, n_rounds, n_buckets, has_padding, first, 
     n_tiles = ceil_div(L, _TILE)
     counts = torch.empty((B, H, R, n_tiles, n_bins), dtype=torch.int32, device=buckets.device)
     _bucket_sort_count_kernel[(B * H * R * n_tiles,)](
-        buckets, padding, words, counts, L, n_rounds, n_buckets,
-        HAS_PADDING=has_padding, FIRST=first, LOW_BITS=low_bits,
-        N_BINS=n_bins, BLOCK_BINS=bins_block(n_bins), BLOCK_M=_TILE, num_warps=_launch_config(_TILE),
+        buckets, padding, words, counts, L, n_rounds, n_buckets, low_bits,
+        HAS_PADDING=has_padding, FIRST=first, BLOCK_BINS=n_bins, BLOCK_M=_TILE, num_warps=_launch_config(_TILE),
     )  # fmt: skip
     return TileCounts(counts, _TILE)
 
@@ -246,9 +241,8 @@ def _launch_config(block_m):
 
 
 def _scan_launch_config(n_bins):
-    """(BLOCK_T, BLOCK_BINS, num_warps)."""
-    block_bins = bins_block(n_bins)
-    return max(1, 2048 // block_bins), block_bins, 4
+    """(BLOCK_T, num_warps)."""
+    return 2048 // n_bins, 4
 
 
 def _check(buckets, n_buckets, key_padding_mask):

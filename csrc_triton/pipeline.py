@@ -36,8 +36,9 @@ def attention_forward(query, key, value, key_padding_mask, seed, rotations, q_bu
 
     def sort(x, buckets, padding, norm_eps):
         counts = inverse_norm = None
-        if buckets is None:
-            buckets, inverse_norm, counts = hash_rows(x, rotations, options.factors, padding, norm_eps)
+        # where a norm is wanted of x, the same launch counts the buckets given
+        if buckets is None or norm_eps is not None:
+            buckets, inverse_norm, counts = hash_rows(x, rotations, options.factors, padding, norm_eps, buckets=buckets)
         return *sort_buckets(buckets, n_buckets, stretch, padding, counts), inverse_norm
 
     inverse_norm = None

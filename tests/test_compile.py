@@ -78,6 +78,15 @@ def hash_sort(length=1024, head_dim=64, dtype=torch.bfloat16, factors=(32, 64), 
     buckets, _, tile_counts = hash_rows(x, rotations, factors, padding, 0.0)
     sort_buckets(buckets, math.prod(factors), 65, padding, tile_counts)
     sort_buckets(buckets.long(), 64, 65, padding)
+    hash_rows(x, None, factors, padding, 0.0, buckets=buckets)
+
+
+def sort_following_length(length):
+    """As many buckets as n_buckets=None has at this length."""
+    from lsh_kernels.config import default_factors
+    from lsh_kernels.csrc_triton.bucket_sort import sort_buckets
+
+    sort_buckets(torch.zeros(1, 4, 4, length, dtype=torch.int32), math.prod(default_factors(length, 64)), 65)
 
 
 def residual(length=4096, dtype=torch.float32, undo=False):
@@ -164,12 +173,15 @@ LAUNCHES = {
 
 TENSOR_KERNELS = ("_attention_fwd_kernel", "_attention_bwd_kernel", "_hashing_fwd_kernel")
 
+LENGTHS = (1, 2, 16, 28, 33, 100, 256, 500, 1000, 2048, 4096)
+
 # the same call at any length
 AT_LENGTH = {
     "combine_rounds": lambda length: combine_rounds(length, 4, 64, torch.bfloat16),
     "attention_fwd": attention_fwd,
     "attention_bwd": attention_bwd,
     "hash_sort": hash_sort,
+    "sort_following_length": sort_following_length,
     "residual": residual,
 }
 
@@ -225,6 +237,8 @@ def compile_all(target):
         assert not any(launched.error for launched in launches), launches
         return [inspect_kernel(launched.kernel) for launched in launches]
 
+    # launches with one kernel between them are many
+    @functools.cache
     def inspect_kernel(kernel):
         code = offline.inspect(kernel)
         return {
@@ -237,7 +251,7 @@ def compile_all(target):
 
     report = {name: kernels_of(launch) for name, (launch, _) in LAUNCHES.items()}
     for name, launch in AT_LENGTH.items() if target == "sm_90" else ():
-        report[name] = [kernel for length in (1, 2, 16, 28, 33, 100, 4096) for kernel in kernels_of(launch, length)]
+        report[name] = [kernel for length in LENGTHS for kernel in kernels_of(launch, length)]
     return report
 
 

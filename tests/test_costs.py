@@ -1,6 +1,7 @@
 """What calls cost, without a GPU: launches, host time with the launches stubbed out, DRAM bytes, saved activations."""
 
 import functools
+import math
 import statistics
 import time
 
@@ -33,12 +34,20 @@ def launches(monkeypatch, device):
     return seen
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("keys", ["shared", "separate"])
 @pytest.mark.parametrize("n_buckets, most", [(8, 6), (256, 6), ((16, 32), 9), (512, 9)])
-def test_forward_takes_few_launches(launches, n_buckets, most):
+def test_forward_takes_few_launches(launches, n_buckets, most, keys, given):
+    """Queries apart from keys are hashed and sorted in as many again, and each finds its interval of keys."""
     qk, v = torch.randn(2, 1, 1, 40, 16)
-    lsh_attention(qk, None, v, config=LSHConfig(n_buckets=n_buckets), is_causal=True, backend="triton")
-    assert launches[0] == "_hashing_fwd_kernel" and launches[-1] == "_combine_rounds_fwd_kernel"
-    assert len(launches) <= most, launches
+    key, config, buckets = None if keys == "shared" else qk, LSHConfig(n_buckets=n_buckets), None
+    if given:
+        buckets = torch.randint(math.prod(config.factors(40)), (1, 1, config.n_hashes, 40))
+        buckets = buckets if key is None else (buckets, buckets)
+    lsh_attention(qk, key, v, config=config, buckets=buckets, is_causal=True, backend="triton")
+    assert given or launches[0] == "_hashing_fwd_kernel"
+    assert launches[-1] == "_combine_rounds_fwd_kernel"
+    assert len(launches) <= (most if key is None else 2 * most - 2), launches
 
 
 @pytest.fixture

@@ -171,6 +171,22 @@ def test_hashing_counts_the_first_digit_per_tile(factors, dtype, has_padding, de
         assert torch.equal(got, one_hot.sum(-2).int())
 
 
+@pytest.mark.parametrize("has_padding", [False, True])
+@pytest.mark.parametrize("factors", [(6,), (32, 64)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_hashing_counts_buckets_that_are_given(dtype, factors, has_padding, device, guard_zones):
+    """With norms and counts as if it had hashed them itself; ids out of range count as they are clamped."""
+    x, rotations = torch.randn(2, 2, 300, 16, device=device), torch.randn(1, 16, 3, sum(factors) // 2, device=device)
+    mask = torch.rand(2, 300, device=device) < 0.3 if has_padding else None
+    _, norm, (counts, _) = hash_rows(x, rotations, factors, mask, 1e-2)
+    given = lsh_hash(x, rotations, factors).to(dtype)
+    given = torch.where(given == 0, torch.iinfo(dtype).min, torch.where(given == math.prod(factors) - 1, 2**30, given))
+    given = given.transpose(1, 2).contiguous().transpose(1, 2)
+    got, got_norm, (got_counts, _) = hash_rows(x, None, factors, mask, 1e-2, buckets=given)
+    assert torch.equal(got, given) and torch.equal(got_norm, norm) and torch.equal(got_counts, counts)
+    guard_zones()
+
+
 def test_hashing_is_bit_equal_from_run_to_run_and_in_a_batch(device):
     x = torch.randn(3, 2, 45, 24, device=device)
     rotations, mask = torch.randn(2, 24, 2, 16, device=device), torch.rand(3, 45, device=device) < 0.3

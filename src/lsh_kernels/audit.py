@@ -132,10 +132,12 @@ WORK = {
     "_attention_bwd_prepare_kernel": lambda a: Work(a["BLOCK_M"], "row"),
     "_combine_rounds_bwd_kernel": lambda a: Work(a["BLOCK_M"], "row"),
     "_hashing_fwd_kernel": lambda a: Work(
-        a["BLOCK_M"] * a["R"], "row and round", (a["R"], math.ceil(max(a["FACTORS"]) / 2 / a["MAX_BLOCK_W"]))
+        a["BLOCK_M"] * a["R"], "row and round", (a["R"], math.ceil(max(a["FACTORS"], default=2) / 2 / a["MAX_BLOCK_W"]))
     ),
     "_bucket_sort_count_kernel": lambda a: Work(a["BLOCK_M"], "element"),
-    "_bucket_sort_scan_kernel": lambda a: Work(a["n_tiles"] * a["N_BINS"], "counter", (math.ceil(a["n_tiles"] / a["BLOCK_T"]),)),
+    "_bucket_sort_scan_kernel": lambda a: Work(
+        a["n_tiles"] * a["BLOCK_BINS"], "counter", (math.ceil(a["n_tiles"] / a["BLOCK_T"]),)
+    ),
     "_bucket_sort_scatter_kernel": lambda a: Work(a["BLOCK_M"], "element"),
     "_bucket_bounds_kernel": lambda a: Work(a["BLOCK"], "slot"),
     # a binary search in buckets of 32 to 64
