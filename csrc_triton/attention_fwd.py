@@ -169,7 +169,7 @@ def _bucket_bounds_kernel(
         prev_mask = slot_mask & (slots > 0)
         prev_pos = tl.load(order_ptr + row * L + slots - 1, mask=prev_mask, other=0)
         prev = unmarked(tl.load(stretched_ptr + row * L + prev_pos, mask=prev_mask, other=0))
-        prev_bucket = tl.where(prev_mask, (prev - slots + 1) // stretch, -1)
+        prev_bucket = tl.where(prev_mask, bucket_of(prev - slots + 1, stretch), -1)
         bounds_ptr += row * (n_buckets + 1) * 2
         border_mask = slot_mask & (bucket != prev_bucket)
         tl.store(bounds_ptr + bucket * 2, slots, mask=border_mask)
