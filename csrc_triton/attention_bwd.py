@@ -461,17 +461,28 @@ def _launch_config(D, Dv, dtype, mode, in_place):
     rows see in other rounds, so that tiles are smaller than forward's."""
     block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
     widest = max(block_d, block_dv)
-    block_m = 16 if in_place or (mode.DEDUPE and widest > 64 and mode.ROUNDS > 4) else 32
-    # walked queries of separate keys bring two ends per round
-    block_n = 16 if widest > 64 or (mode.DEDUPE and not mode.SHARED) else 32
-    num_warps = 4
-    if mode.SHARED and widest <= 64 and dtype != torch.float32:
-        # two warps repeat less of the rows than four do, where small tiles leave them the registers
-        if mode.ROUNDS <= 5 and not (mode.DROPOUT or in_place):
-            block_n, num_warps = 16 if mode.DEDUPE else 32, 2
-        elif mode.DEDUPE and mode.ROUNDS > 5 and mode.DROPOUT:
-            block_m, block_n, num_warps = 16, 16, 2
-    return Tile(D, Dv, block_d, block_dv, block_m, block_n), num_warps, 2
+    many_rounds = mode.DEDUPE and mode.ROUNDS > 5
+    num_stages = 2
+    if dtype == torch.float32:
+        # products on FMA units take whole rows into registers, and tiles fetched ahead leave them none
+        block_m, block_n, num_warps, num_stages = 16, 16, 2 if widest <= 64 else 4, 1
+    elif widest > 128:
+        block_m, block_n, num_warps = 16 if in_place or many_rounds else 32, 16, 4
+    elif widest > 64:
+        # two warps repeat less of the rows than four do, but have no registers for many rounds
+        block_m, block_n, num_warps = 16, 16, 2
+        if many_rounds:
+            block_n, num_warps = 32 if mode.SHARED else 16, 4
+    elif not mode.SHARED:
+        # walked queries bring two ends per round
+        block_m, block_n, num_warps = (16, 16, 2) if mode.DEDUPE else (16 if in_place else 32, 32, 4)
+    elif mode.ROUNDS <= 5 and not (mode.DROPOUT or in_place):
+        block_m, block_n, num_warps = 32, 16 if mode.DEDUPE else 32, 2
+    elif many_rounds and mode.DROPOUT:
+        block_m, block_n, num_warps = 16, 16, 2
+    else:
+        block_m, block_n, num_warps = 16 if in_place else 32, 32, 4
+    return Tile(D, Dv, block_d, block_dv, block_m, block_n), num_warps, num_stages
 
 
 def _check_gradients(dout, dlse, query, value, out, lse):
