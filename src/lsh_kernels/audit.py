@@ -30,7 +30,8 @@ _EVERYTHING = LSHConfig(span="chunk", local_window=8)
 
 
 class Case(NamedTuple):
-    """One attention call. config None: local attention with a window of 64."""
+    """One attention call, forward and backward. config None: local attention with a window of 64. residual: instead the sum
+    of a reversible block in exact mode, there and back."""
 
     config: LSHConfig | None = LSHConfig()
     dtype: str = "bf16"
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     given_buckets: bool = False
     batch: int = 1
     n_heads: int = 8
+    residual: bool = False
 
     def options(self) -> AttentionOptions:
         call = {"is_causal": self.causal, "dropout_p": self.dropout_p, "scale": 1.0}
@@ -69,20 +71,27 @@ def cases() -> dict[str, Case]:
     """The calls that are audited, by name."""
     found = {f"bf16-D64{name}": case for name, case in _VARIANTS.items()}
     found |= {f"bf16-D128{name}": _VARIANTS[name]._replace(head_dim=128) for name in ("", "-plain", "-separate", "-everything")}
-    found |= {f"bf16-D{head_dim}": Case(head_dim=head_dim) for head_dim in (32, 256)}
+    found |= {f"bf16-D{head_dim}": Case(head_dim=head_dim) for head_dim in (32, 96, 256)}
     # the two 16-bit types differ in conversions alone
     for dtype, head_dim in (("fp16", 64), ("fp32", 64), ("fp32", 128)):
         found[f"{dtype}-D{head_dim}"] = Case(dtype=dtype, head_dim=head_dim)
     found["bf16-D64-R8"] = Case(LSHConfig(n_hashes=8))
     found["bf16-D64-given-buckets"] = Case(given_buckets=True)
     found["bf16-D64-64K"] = Case(length=2**16)
+    found |= {f"{dtype}-residual": Case(dtype=dtype, residual=True) for dtype in ("bf16", "fp32")}
     return found
 
 
 def launch(case: Case) -> None:
-    """Launch the kernels of a case, forward and backward, on meta tensors."""
+    """Launch the kernels of a case on meta tensors."""
     from .csrc_triton.pipeline import attention_backward, attention_forward
+    from .csrc_triton.residual import residual_add
 
+    if case.residual:
+        stream = torch.empty(case.batch, case.length, case.n_heads * case.head_dim, dtype=torch.int32, device="meta")
+        for undo in (False, True):
+            residual_add(stream, stream.to(DTYPES[case.dtype]), DTYPES[case.dtype], undo)
+        return
     options, shape = case.options(), (case.batch, case.n_heads, case.length, case.head_dim)
     query, key, value = (torch.empty(shape, dtype=DTYPES[case.dtype], device="meta") for _ in range(3))
     rotations = buckets = None
@@ -144,6 +153,7 @@ WORK = {
     "_stretched_intervals_kernel": lambda a: Work(a["BLOCK"], "slot", (6,)),
     "_inverse_norm_kernel": lambda a: Work(a["BLOCK_M"], "row"),
     "_combine_rounds_fwd_kernel": lambda a: Work(a["BLOCK_M"], "row"),
+    "_residual_fwd_kernel": lambda a: Work(a["BLOCK"], "element"),
 }
 
 

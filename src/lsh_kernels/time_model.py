@@ -29,7 +29,7 @@ class Card(NamedTuple):
     l2: float  # bytes/s, reads that hit; microbenchmarks report 5.5 to 5.7e12
     mufu: float  # per cycle and SM; CUDA C++ programming guide, arithmetic throughput
     launch: float = 2e-6  # s between kernels of a CUDA graph
-    host_call: float = 210e-6  # s per op; tests/test_forward_costs.py prints it, launches stubbed out
+    host_call: float = 130e-6  # s per op; tests/test_costs.py prints it, launches stubbed out
     host_launch: float = 15e-6  # s per eager launch
     issue_share: float = 0.6  # of a slot per scheduler and cycle, forward
     issue_share_bwd: float = 0.5
