@@ -2,7 +2,6 @@
 
 The floor of a stage is the larger of its bytes over the rate of a large copy and its FLOPs over the rate of a large matmul, both
 measured on this machine; `roofline` in a row is floor / time. Bytes count each input read once and each output written once.
-Our attention combines its rounds too; the torch equivalents of the two are apart.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import torch
 from cases import AbsentError, Case, by_importance
 from peers import Shape, tensors
 
-from lsh_kernels import LSHConfig, bucket_sort, combine_rounds, lsh_hash, random_rotations, torch_backend
+from lsh_kernels import LSHConfig, random_rotations
 from lsh_kernels.functional import triton_problem
+from lsh_kernels.stages import attention_rounds, bucket_sort, combine_rounds, lsh_hash, sort_rounds
 
 BACKENDS = ("triton", "torch")
 
@@ -32,9 +32,9 @@ def sort_work(s):
 
 def attention_work(s):
     """Two products of a query with the C keys of its causal window per round; query, value and order read, output and lse
-    written. The rounds' partial results are not counted."""
+    of each round written."""
     rows = s.B * s.H * s.L
-    return 2 * 2 * rows * s.R * s.C * s.D, rows * (3 * s.D * s.dtype.itemsize + 4 * s.R + 4)
+    return 2 * 2 * rows * s.R * s.C * s.D, rows * ((2 + s.R) * s.D * s.dtype.itemsize + 8 * s.R)
 
 
 def combine_work(s):
@@ -132,12 +132,8 @@ def attention_builds(shape, config):
 
     def ours(backend):
         query, value, buckets = inputs()
-        options = config.options(factors, is_causal=True, dropout_p=0.0, scale=1.0)
-        state = torch_backend.sort_rounds(buckets, None, None, options, shape.L)
-        attend = torch_backend.attention_fwd
-        if backend == "triton":
-            from lsh_kernels.csrc_triton.attention_fwd import attention_fwd as attend
-        return lambda: attend(query, None, value, None, None, state, options)
+        rounds = sort_rounds(bucket_sort(buckets, factors), buckets, config=config)
+        return lambda: attention_rounds(query, None, value, rounds, config=config, is_causal=True, backend=backend)
 
     def equivalent():
         """Rows gathered by the order, then each chunk against itself and the one before it, as two batched products; no
