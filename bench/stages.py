@@ -3,7 +3,7 @@ beside its floor.
 
 The floor of a stage is the larger of its bytes over the rate of a large copy and its FLOPs over the rate of a large matmul, both
 measured on this machine; `roofline` in a row is floor / time. Bytes count each input read once and each output written once.
-Our attention combines its rounds too, its backward adds them up; the torch equivalents do neither.
+Our attention backward adds up its rounds too; the torch equivalent does not.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from cases import AbsentError, Case, by_importance
 from peers import Shape, tensors
 
-from lsh_kernels import LSHConfig, bucket_sort, combine_rounds, fixed_point, lsh_hash, random_rotations, torch_backend
+from lsh_kernels import LSHConfig, fixed_point, random_rotations, torch_backend
 from lsh_kernels.functional import triton_problem
+from lsh_kernels.stages import attention_rounds, bucket_sort, combine_rounds, lsh_hash, sort_rounds
 
 BACKENDS = ("triton", "torch")
 
@@ -33,9 +34,9 @@ def sort_work(s):
 
 def attention_work(s):
     """Two products of a query with the C keys of its causal window per round; query, value and order read, output and lse
-    written. The rounds' partial results are not counted."""
+    of each round written."""
     rows = s.B * s.H * s.L
-    return 2 * 2 * rows * s.R * s.C * s.D, rows * (3 * s.D * s.dtype.itemsize + 4 * s.R + 4)
+    return 2 * 2 * rows * s.R * s.C * s.D, rows * ((2 + s.R) * s.D * s.dtype.itemsize + 8 * s.R)
 
 
 def attention_backward_work(s):
@@ -189,7 +190,9 @@ def chunked_attention(shape, factors):
 
 def attention_builds(shape, config):
     def ours(backend):
-        return our_attention(shape, config, backend)[0]
+        query, value, buckets = hashed(shape, config.factors(shape.L))
+        rounds = sort_rounds(bucket_sort(buckets, config.factors(shape.L)), buckets, config=config)
+        return lambda: attention_rounds(query, None, value, rounds, config=config, is_causal=True, backend=backend)
 
     def equivalent():
         return chunked_attention(shape, config.factors(shape.L))[0]

@@ -274,6 +274,19 @@ def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inv
     Returns:
         out [B, H, L, Dv] in query's dtype, lse [B, H, L] float32, natural log, before dropout.
     """
+    out, lse, inverse_norm = attend_rounds(query, key, value, key_padding_mask, seed, state, options, inverse_norm)
+    o = options
+    if not (o.hashed and query.shape[2] == value.shape[2]):
+        return combine_rounds(out, lse)
+    padding = None if key_padding_mask is None else key_padding_mask.contiguous()
+    inputs = query, key, value, padding, seed, inverse_norm
+    return combine_rounds(out, lse, SelfOnly(*inputs, state.q_stretched, o.scale, o.dropout_p))
+
+
+def attend_rounds(query, key, value, key_padding_mask, seed, state, options, inverse_norm=None):
+    """`attention_fwd` before the rounds are combined: out [B, H, R, L, Dv], lse [B, H, R, L], and inverse_norm as given or
+    computed (None for separate keys). Where a round has no target for a query lse is -inf and `out` is not written; a local
+    round comes last."""
     check_inputs(query, key, value, key_padding_mask, seed, state, options, inverse_norm)
     o, shared = options, key is None
     B, H, L, D = query.shape
@@ -297,10 +310,7 @@ def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inv
         max(abs(o.scale) * _LOG2_E, _LEAST_SCALE), keep_from, keep_scale, MODE=mode, TILE=tile,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    if not (o.hashed and L == S):
-        return combine_rounds(out, lse)
-    inputs = query, key, value, padding, seed, inverse_norm
-    return combine_rounds(out, lse, SelfOnly(*inputs, state.q_stretched, o.scale, o.dropout_p))
+    return out, lse, inverse_norm
 
 
 def interval_tables(state, mode, n_buckets, L, S):

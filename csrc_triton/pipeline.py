@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .attention_bwd import attention_bwd
-from .attention_fwd import attention_fwd
+from .attention_fwd import attend_rounds, attention_fwd
 from .bucket_sort import sort_buckets
 from .hashing import hash_rows
 
@@ -52,6 +52,12 @@ def attention_forward(query, key, value, key_padding_mask, seed, rotations, q_bu
         state = SortedRounds(*sort(query, q_buckets, None, None)[:2], *sort(key, k_buckets, key_padding_mask, None)[:2])
     out, lse = attention_fwd(query, key, value, key_padding_mask, seed, state, options, inverse_norm)
     return out, lse, state
+
+
+def attention_rounds(query, key, value, key_padding_mask, seed, state, options):
+    """Attention of each round apart: out [B, H, R, L, Dv], lse [B, H, R, L]. Arguments as in `attend_rounds`, any strides."""
+    query, key, value = _with_contiguous_rows(query, key, value)
+    return attend_rounds(query, key, value, key_padding_mask, seed, state, options)[:2]
 
 
 def attention_backward(dout, dlse, query, key, value, key_padding_mask, seed, out, lse, state, options):

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lsh_kernels import diagnostics, reference
+    from lsh_kernels import diagnostics, reference, stages
     from lsh_kernels.config import LSHConfig
     from lsh_kernels.cross_entropy import chunked_cross_entropy
     from lsh_kernels.feedforward import ChunkedFeedForward
@@ -46,6 +46,7 @@ __all__ = [
     "random_rotations",
     "reference",
     "replace_multihead_attention",
+    "stages",
 ]
 
 _MODULE_OF = {
@@ -66,7 +67,7 @@ _MODULE_OF = {
 def __getattr__(name):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("diagnostics", "reference"):
+    if name in ("diagnostics", "reference", "stages"):
         return import_module(f"{__name__}.{name}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF.get(name, 'functional')}"), name)
     globals()[name] = value

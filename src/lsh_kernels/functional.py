@@ -78,28 +78,13 @@ def lsh_attention(
 
     Source: Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2020.
     """
-    if not isinstance(config, LSHConfig):
-        raise TypeError(f"config: got {type(config).__name__}, wanted an LSHConfig")
     shared = key is None
     query, key, value = _autocast(query, key, value)
-    _check_tensors(query, key, value, key_padding_mask)
-    if shared and value.shape[1:3] != query.shape[1:3]:
-        raise ValueError(
-            f"value: got {tuple(value.shape)} for shared QK (key=None), wanted the heads and length of query {tuple(query.shape)}"
-        )
+    check_call(query, key, value, key_padding_mask, config, is_causal)
     B, H, L, D = query.shape
     Hkv, S = value.shape[1:3]
-    dropout_p, scale = _check_numbers(dropout_p, scale, 1.0 if shared else D**-0.5)
-    for condition, name in (
-        (is_causal, "is_causal=True"),
-        (config.local_window, "config.local_window"),
-        (config.span == "chunk", 'config.span="chunk"'),
-    ):
-        if condition and L != S:
-            raise ValueError(f"{name}: got query length {L} and key length {S}, wanted equal lengths")
+    dropout_p, scale = check_numbers(dropout_p, scale, 1.0 if shared else D**-0.5)
     factors = config.factors(S)
-    n_buckets = math.prod(factors)
-    _check_slots(config, n_buckets, S)
     if buckets is not None and rotations is not None:
         raise ValueError("buckets and rotations: got both, wanted one (buckets replace hashing)")
     q_buckets, k_buckets = _check_buckets(
@@ -175,7 +160,7 @@ def local_attention(
             check_int(name, size, 0 if name.startswith("chunks") else 1)
     if wrap and chunk_length is None:
         raise ValueError("wrap: got True with a window, wanted chunk_length (only chunks can form a cycle)")
-    dropout_p, scale = _check_numbers(dropout_p, scale, query.shape[-1] ** -0.5)
+    dropout_p, scale = check_numbers(dropout_p, scale, query.shape[-1] ** -0.5)
     _check_generator(generator)
     generator = recompute.generator_to_draw_from(generator)
     backend = choose_backend(backend, query)
@@ -279,8 +264,8 @@ def bucket_sort(
         raise TypeError(f"buckets: got {type(buckets).__name__}, wanted a tensor")
     if buckets.dim() != 4 or 0 in buckets.shape[1:]:
         raise ValueError(f"buckets: got shape {tuple(buckets.shape)}, wanted [B, H, R, L], only B may be 0")
-    _check_integer("buckets", buckets)
-    _check_padding(key_padding_mask, buckets.shape[0], buckets.shape[-1], buckets.device)
+    check_integer("buckets", buckets)
+    check_padding(key_padding_mask, buckets.shape[0], buckets.shape[-1], buckets.device)
     return torch.ops.lsh_kernels.bucket_sort(buckets, n_buckets, key_padding_mask, choose_backend(backend, buckets))
 
 
@@ -366,7 +351,29 @@ def _check_tensors(query: Tensor, key: Tensor | None, value: Tensor, key_padding
         raise ValueError(f"value: got {tuple(value.shape)}, wanted the heads and length of key {tuple(key.shape)}")
     if H % key.shape[1]:
         raise ValueError(f"key: got {key.shape[1]} heads, wanted a divisor of query's {H}")
-    _check_padding(key_padding_mask, B, value.shape[2], query.device)
+    check_padding(key_padding_mask, B, value.shape[2], query.device)
+
+
+def check_call(
+    query: Tensor, key: Tensor | None, value: Tensor, key_padding_mask: Tensor | None, config: LSHConfig, is_causal: bool
+) -> None:
+    """Raise if `lsh_attention` can't take these together."""
+    if not isinstance(config, LSHConfig):
+        raise TypeError(f"config: got {type(config).__name__}, wanted an LSHConfig")
+    _check_tensors(query, key, value, key_padding_mask)
+    if key is None and value.shape[1:3] != query.shape[1:3]:
+        raise ValueError(
+            f"value: got {tuple(value.shape)} for shared QK (key=None), wanted the heads and length of query {tuple(query.shape)}"
+        )
+    L, S = query.shape[2], value.shape[2]
+    for condition, name in (
+        (is_causal, "is_causal=True"),
+        (config.local_window, "config.local_window"),
+        (config.span == "chunk", 'config.span="chunk"'),
+    ):
+        if condition and L != S:
+            raise ValueError(f"{name}: got query length {L} and key length {S}, wanted equal lengths")
+    check_slots(config, math.prod(config.factors(S)), S)
 
 
 def _check_head_tensor(name: str, x: Tensor) -> None:
@@ -390,7 +397,7 @@ def _check_dtype(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: got {x.dtype}, wanted float16, bfloat16, float32 or float64")
 
 
-def _check_padding(mask: Tensor | None, batch: int, length: int, device: torch.device) -> None:
+def check_padding(mask: Tensor | None, batch: int, length: int, device: torch.device) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -402,7 +409,7 @@ def _check_padding(mask: Tensor | None, batch: int, length: int, device: torch.d
         raise ValueError(f"key_padding_mask: got a tensor on {mask.device}, wanted {device}")
 
 
-def _check_slots(config: LSHConfig, n_buckets: int, S: int) -> None:
+def check_slots(config: LSHConfig, n_buckets: int, S: int) -> None:
     """Slots and what dedupe compares must fit into int32, with room for differences."""
     if S + (n_buckets + 1) * (min(config.window_length, S) + 1) >= 2**30:
         raise ValueError(
@@ -418,7 +425,7 @@ def _check_slots(config: LSHConfig, n_buckets: int, S: int) -> None:
         raise ValueError(f"config: got {config.n_hashes} rounds of {S} keys with wrap, wanted R * S <= 2^27")
 
 
-def _check_numbers(dropout_p: float, scale: float | None, default_scale: float) -> tuple[float, float]:
+def check_numbers(dropout_p: float, scale: float | None, default_scale: float) -> tuple[float, float]:
     for name, value in (("dropout_p", dropout_p), ("scale", default_scale if scale is None else scale)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: got {value!r}, wanted a float")
@@ -434,7 +441,7 @@ def _check_generator(generator: torch.Generator | None) -> None:
         raise TypeError(f"generator: got {type(generator).__name__}, wanted a torch.Generator")
 
 
-def _check_integer(name: str, x: Tensor) -> None:
+def check_integer(name: str, x: Tensor) -> None:
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: got {x.dtype}, wanted int32 or int64")
 
@@ -451,7 +458,7 @@ def _check_buckets(buckets, q_shape: tuple[int, ...], k_shape: tuple[int, ...] |
     for name, part, shape in zip(names, parts, shapes):
         if not isinstance(part, Tensor):
             raise TypeError(f"{name}: got {type(part).__name__}, wanted a tensor")
-        _check_integer(name, part)
+        check_integer(name, part)
         if part.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(part.shape)}, wanted {shape}")
         if part.device != device:

@@ -33,6 +33,10 @@ _library.define(
 )
 _library.define("lsh_hash(Tensor x, Tensor rotations, int[] factors, str backend) -> Tensor")
 _library.define("bucket_sort(Tensor buckets, int n_buckets, Tensor? key_padding_mask, str backend) -> Tensor")
+_library.define(
+    "attention_rounds(Tensor query, Tensor? key, Tensor value, Tensor? key_padding_mask, Tensor q_order, Tensor q_stretched, "
+    f"Tensor? k_order, Tensor? k_stretched, {_OPTIONS}, str backend) -> (Tensor, Tensor)"
+)
 _library.define("combine_rounds(Tensor out, Tensor lse, str backend) -> (Tensor, Tensor)")
 _library.define(
     "residual_add(Tensor stream, Tensor addend, ScalarType dtype, bool undo, str backend) -> (Tensor, Tensor, Tensor)"
@@ -222,6 +226,28 @@ def _bucket_sort(buckets, n_buckets, key_padding_mask, backend):
 @torch.library.register_fake("lsh_kernels::bucket_sort", lib=_library)
 def _(buckets, n_buckets, key_padding_mask, backend):
     return buckets.new_empty(buckets.shape, dtype=torch.int32)
+
+
+@_implement("attention_rounds")
+def _attention_rounds(query, key, value, key_padding_mask, q_order, q_stretched, k_order, k_stretched, *options):
+    *options, backend = options
+    if backend == "triton" and query.shape[0]:
+        from .csrc_triton.pipeline import attention_rounds
+    else:
+        from .torch_backend import attention_rounds
+    state = SortedRounds(q_order, q_stretched, k_order, k_stretched)
+    return attention_rounds(query, key, value, key_padding_mask, None, state, AttentionOptions(*options))
+
+
+@torch.library.register_fake("lsh_kernels::attention_rounds", lib=_library)
+def _(query, key, value, key_padding_mask, q_order, q_stretched, k_order, k_stretched, *options):
+    B, H, L, _ = query.shape
+    n_rounds = q_order.shape[2] + (AttentionOptions(*options[:-1]).local_window > 0)
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((B, H, n_rounds, L, value.shape[3])), query.new_empty((B, H, n_rounds, L), dtype=lse_dtype)
+
+
+_refuse_gradient("attention_rounds", "attention_rounds has no gradient; train with lsh_attention")
 
 
 @_implement("combine_rounds")

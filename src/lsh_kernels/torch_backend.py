@@ -123,17 +123,31 @@ def sort_rounds(
     q_buckets: Tensor, k_buckets: Tensor | None, key_padding_mask: Tensor | None, options: AttentionOptions, k_len: int
 ) -> SortedRounds:
     """Sort queries (and separate keys) by bucket. In the shared case padded positions go along, last."""
-    n_buckets, stretch = math.prod(options.factors), bucket_stretch(options, k_len)
+    q_mask, n_buckets = key_padding_mask if k_buckets is None else None, math.prod(options.factors)
+    q_order = _sort(_with_padding(q_buckets, n_buckets, q_mask))
+    k_order = None if k_buckets is None else _sort(_with_padding(k_buckets, n_buckets, key_padding_mask))
+    return sorted_rounds(q_order, q_buckets, k_order, k_buckets, key_padding_mask, options)
 
-    def sort(buckets, mask):
+
+def sorted_rounds(
+    q_order: Tensor,
+    q_buckets: Tensor,
+    k_order: Tensor | None,
+    k_buckets: Tensor | None,
+    key_padding_mask: Tensor | None,
+    options: AttentionOptions,
+) -> SortedRounds:
+    """The orders of queries and of separate keys with the stretched slots of their positions."""
+    n_buckets = math.prod(options.factors)
+    stretch = bucket_stretch(options, q_buckets.shape[3] if k_buckets is None else k_buckets.shape[3])
+
+    def stretched(order, buckets, mask):
         buckets = _with_padding(buckets, n_buckets, mask)
-        order = _sort(buckets)
-        stretched = invert(order) + buckets.to(torch.int64) * stretch
-        return order.to(torch.int32), stretched.to(torch.int32)
+        return order.to(torch.int32), (invert(order) + buckets.to(torch.int64) * stretch).to(torch.int32)
 
     if k_buckets is None:
-        return SortedRounds(*sort(q_buckets, key_padding_mask), None, None)
-    return SortedRounds(*sort(q_buckets, None), *sort(k_buckets, key_padding_mask))
+        return SortedRounds(*stretched(q_order, q_buckets, key_padding_mask), None, None)
+    return SortedRounds(*stretched(q_order, q_buckets, None), *stretched(k_order, k_buckets, key_padding_mask))
 
 
 def head_walks(state: SortedRounds, b: int, heads: slice, kv_ids: Tensor, options: AttentionOptions) -> list[Walk]:
@@ -372,21 +386,7 @@ def attention_fwd(
     Dv, dtype = value.shape[-1], tensors.dtype
     out = torch.empty(B, H, L, Dv, dtype=query.dtype, device=query.device)
     lse = torch.empty(B, H, L, dtype=dtype, device=query.device)
-    rows = {name: Rows(x) for name, x in (("query", query), ("key", key), ("value", value)) if x is not None}
-    buffers = Buffers(query.device)
-    for heads in tensors.head_blocks():
-        logits_of = [_Logits(heads, walk, buffers, rows) for walk in heads.walks]
-        first_slot = np.cumsum([0] + [x.entries.lo.numel() for x in logits_of]).tolist()
-        part_out = buffers("part_out", (first_slot[-1], Dv), dtype)
-        part_top, part_sum = (buffers(name, (first_slot[-1],), dtype) for name in ("part_top", "part_sum"))
-        for first, source in zip(first_slot, logits_of):
-            shape = source.entries.lo.shape
-            slots = slice(first, first + shape.numel())
-            _walk_fwd(source, part_out[slots].view(*shape, Dv), part_top[slots].view(shape), part_sum[slots].view(shape))
-
-        places = torch.stack(
-            [place + first for first, walk in zip(first_slot, heads.walks) for place in walk.q_places], -1
-        )  # [n, L, R]
+    for heads, places, part_out, part_top, part_sum in _parts(tensors):
         weights, total = _weights(part_top[places], part_sum[places])
         combined = F.embedding_bag(places.flatten(0, 1), part_out, per_sample_weights=weights.flatten(0, 1), mode="sum").view(
             heads.n, L, Dv
@@ -403,6 +403,50 @@ def attention_fwd(
         out[heads.b, heads.heads] = combined
         lse[heads.b, heads.heads] = total
     return out, lse
+
+
+def attention_rounds(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    state: SortedRounds,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
+    """Interval attention of each round apart: out [B,H,R,L,Dv], lse [B,H,R,L]; 0 and -inf without target in the round."""
+    tensors = _Tensors(query, key, value, key_padding_mask, seed, state, options)
+    B, H, L, _ = query.shape
+    n_rounds = state.q_order.shape[2] + (options.local_window > 0)
+    out = torch.empty(B, H, n_rounds, L, value.shape[-1], dtype=query.dtype, device=query.device)
+    lse = torch.empty(B, H, n_rounds, L, dtype=tensors.dtype, device=query.device)
+    for heads, places, part_out, part_top, part_sum in _parts(tensors):
+        places = places.transpose(1, 2)
+        # each round is the only one of its softmax
+        weights, total = _weights(part_top[places].unsqueeze(-1), part_sum[places].unsqueeze(-1))
+        out[heads.b, heads.heads] = (weights * part_out[places]).masked_fill_(weights == 0, 0).to(out.dtype)
+        lse[heads.b, heads.heads] = total
+    return out, lse
+
+
+def _parts(tensors: _Tensors) -> Iterator[tuple[_Heads, Tensor, Tensor, Tensor, Tensor]]:
+    """Per block of heads what the walks leave in the slots of all rounds: (heads, places, sum_j 2^(s_ij - top_i) v_j, top, sum of
+    weights), where places [n, L, R] are the slots of each position. The next block overwrites them."""
+    query, key, value = tensors.query, tensors.key, tensors.value
+    Dv, dtype = value.shape[-1], tensors.dtype
+    rows = {name: Rows(x) for name, x in (("query", query), ("key", key), ("value", value)) if x is not None}
+    buffers = Buffers(query.device)
+    for heads in tensors.head_blocks():
+        logits_of = [_Logits(heads, walk, buffers, rows) for walk in heads.walks]
+        first_slot = np.cumsum([0] + [x.entries.lo.numel() for x in logits_of]).tolist()
+        part_out = buffers("part_out", (first_slot[-1], Dv), dtype)
+        part_top, part_sum = (buffers(name, (first_slot[-1],), dtype) for name in ("part_top", "part_sum"))
+        for first, source in zip(first_slot, logits_of):
+            shape = source.entries.lo.shape
+            slots = slice(first, first + shape.numel())
+            _walk_fwd(source, part_out[slots].view(*shape, Dv), part_top[slots].view(shape), part_sum[slots].view(shape))
+        places = [place + first for first, walk in zip(first_slot, heads.walks) for place in walk.q_places]
+        yield heads, torch.stack(places, -1), part_out, part_top, part_sum
 
 
 def _walk_fwd(source: _Logits, out: Tensor, top: Tensor, mass: Tensor) -> None:
