@@ -461,27 +461,22 @@ def _launch_config(D, Dv, dtype, mode, in_place):
     rows see in other rounds, so that tiles are smaller than forward's."""
     block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
     widest = max(block_d, block_dv)
-    many_rounds = mode.DEDUPE and mode.ROUNDS > 5
-    num_stages = 2
+    plain = mode.SHARED and mode.ROUNDS <= 5 and not (mode.DROPOUT or in_place)
+    # two warps repeat less of the rows than four do
+    block_m, block_n, num_warps, num_stages = 16, 16, 2, 2
     if dtype == torch.float32:
         # products on FMA units take whole rows into registers, and tiles fetched ahead leave them none
-        block_m, block_n, num_warps, num_stages = 16, 16, 2 if widest <= 64 else 4, 1
+        num_warps, num_stages = 2 if widest <= 64 else 4, 1
     elif widest > 128:
-        block_m, block_n, num_warps = 16 if in_place or many_rounds else 32, 16, 4
+        num_warps = 4
     elif widest > 64:
-        # two warps repeat less of the rows than four do, but have no registers for many rounds
-        block_m, block_n, num_warps = 16, 16, 2
-        if many_rounds:
-            block_n, num_warps = 32 if mode.SHARED else 16, 4
-    elif not mode.SHARED:
-        # walked queries bring two ends per round
-        block_m, block_n, num_warps = (16, 16, 2) if mode.DEDUPE else (16 if in_place else 32, 32, 4)
-    elif mode.ROUNDS <= 5 and not (mode.DROPOUT or in_place):
-        block_m, block_n, num_warps = 32, 16 if mode.DEDUPE else 32, 2
-    elif many_rounds and mode.DROPOUT:
-        block_m, block_n, num_warps = 16, 16, 2
+        if mode.SHARED and mode.DEDUPE and mode.ROUNDS > 5:
+            block_n, num_warps = 32, 4
+    elif mode.DEDUPE:
+        if plain and not mode.LOCAL_WINDOW:
+            block_m = 32
     else:
-        block_m, block_n, num_warps = 16 if in_place else 32, 32, 4
+        block_m, block_n, num_warps = 16 if in_place else 32, 32, 2 if plain else 4
     return Tile(D, Dv, block_d, block_dv, block_m, block_n), num_warps, num_stages
 
 
