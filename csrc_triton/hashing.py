@@ -175,6 +175,8 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
         buckets = torch.empty((B, H, R, L), dtype=torch.int32, device=x.device)
     else:
         buckets, factors, group = buckets.contiguous(), (), 1
+        # the rows in float32 alone fill the registers of four warps
+        num_warps = 8
     # the kernel leaves alone what is not wanted
     padding = key_padding_mask.contiguous() if has_padding else buckets
     inverse_norm = counts = buckets
