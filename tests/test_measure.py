@@ -7,8 +7,9 @@ from lsh_kernels import measure
 
 def test_measure_peak_sees_a_tensor():
     resting = measure.start_of_peak()
-    torch.ones(2**23)
-    assert 30 * 2**20 < measure.peak() - resting < 64 * 2**20
+    # larger than what malloc may have kept of tensors before
+    torch.ones(2**24)
+    assert 60 * 2**20 < measure.peak() - resting < 128 * 2**20
 
 
 def test_measure_commit_is_this_files_or_none(monkeypatch, tmp_path):

@@ -59,7 +59,7 @@ class BucketCache:
         if isinstance(max_length, bool) or not isinstance(max_length, int):
             raise TypeError(f"max_length: got {max_length!r}, wanted an int")
         self.config, self.shared, self.max_length, self.length = config, key is None, max_length, 0
-        functional._check_tensors(query, key, value, None)
+        functional.check_tensors(query, key, value, None)
         if query.shape[2] != value.shape[2] or self.shared and query.shape[1] != value.shape[1]:
             raise ValueError(f"value: got {tuple(value.shape)}, wanted the length (shared QK: and heads) of {tuple(query.shape)}")
         if query.shape[2] > max_length:
@@ -67,8 +67,8 @@ class BucketCache:
         B, Hkv, _, Dv = value.shape
         D, device = query.shape[-1], query.device
         factors = config.factors(max_length)
-        functional._check_rotations(rotations, query, Hkv, config.n_hashes, factors)
-        _, self.scale = functional._check_numbers(0.0, scale, 1.0 if self.shared else D**-0.5)
+        functional.check_rotations(rotations, query, Hkv, config.n_hashes, factors)
+        _, self.scale = functional.check_numbers(0.0, scale, 1.0 if self.shared else D**-0.5)
         self.rotations, self.n_heads = rotations, query.shape[1]
         self.keys = torch.zeros(B, Hkv, max_length, D, dtype=query.dtype, device=device)
         self.values = torch.zeros(B, Hkv, max_length, Dv, dtype=query.dtype, device=device)
@@ -91,7 +91,7 @@ class BucketCache:
         Raises:
             TypeError, ValueError: as above; nothing is appended then.
         """
-        functional._check_tensors(query, key, value, None)
+        functional.check_tensors(query, key, value, None)
         (B, Hkv, _, D), Dv = self.keys.shape, self.values.shape[-1]
         for name, x, heads, width in (("query", query, self.n_heads, D), ("key", key, Hkv, D), ("value", value, Hkv, Dv)):
             got = None if x is None else (tuple(x.shape), x.dtype, x.device)

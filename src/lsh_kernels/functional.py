@@ -94,7 +94,7 @@ def lsh_attention(
     generator = recompute.generator_to_draw_from(generator)
     backend = choose_backend(backend, query)
     if rotations is not None:
-        _check_rotations(rotations, query, Hkv, config.n_hashes, factors)
+        check_rotations(rotations, query, Hkv, config.n_hashes, factors)
     elif buckets is None:
         rotations = random_rotations(D, factors, config.n_hashes, n_heads=Hkv, generator=generator, device=query.device)
     options = config.options(factors, is_causal=is_causal, dropout_p=dropout_p, scale=scale)
@@ -143,7 +143,7 @@ def local_attention(
     if key is None:
         raise TypeError("key: got None, wanted a tensor (local attention has no shared-QK form)")
     query, key, value = _autocast(query, key, value)
-    _check_tensors(query, key, value, key_padding_mask)
+    check_tensors(query, key, value, key_padding_mask)
     L, S = query.shape[2], key.shape[2]
     if L != S:
         raise ValueError(f"key: got length {S} for query length {L}, wanted equal lengths")
@@ -237,7 +237,7 @@ def lsh_hash(x: Tensor, rotations: Tensor, n_buckets: int | tuple[int, ...], *, 
         heads = rotations.shape[0]
     else:
         heads = x.shape[1]
-    _check_rotations(rotations, x, heads, n_hashes, factors)
+    check_rotations(rotations, x, heads, n_hashes, factors)
     return torch.ops.lsh_kernels.lsh_hash(x.detach(), rotations.detach(), list(factors), choose_backend(backend, x))
 
 
@@ -335,7 +335,7 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x.to(dtype) if cast else x for x, cast in zip(tensors, is_cast))
 
 
-def _check_tensors(query: Tensor, key: Tensor | None, value: Tensor, key_padding_mask: Tensor | None) -> None:
+def check_tensors(query: Tensor, key: Tensor | None, value: Tensor, key_padding_mask: Tensor | None) -> None:
     shared = key is None
     key = query if shared else key
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -360,7 +360,7 @@ def check_call(
     """Raise if `lsh_attention` can't take these together."""
     if not isinstance(config, LSHConfig):
         raise TypeError(f"config: got {type(config).__name__}, wanted an LSHConfig")
-    _check_tensors(query, key, value, key_padding_mask)
+    check_tensors(query, key, value, key_padding_mask)
     if key is None and value.shape[1:3] != query.shape[1:3]:
         raise ValueError(
             f"value: got {tuple(value.shape)} for shared QK (key=None), wanted the heads and length of query {tuple(query.shape)}"
@@ -466,7 +466,7 @@ def _check_buckets(buckets, q_shape: tuple[int, ...], k_shape: tuple[int, ...] |
     return (*parts, None)[:2]
 
 
-def _check_rotations(rotations: Tensor, x: Tensor, n_heads: int, n_hashes, factors: tuple[int, ...]) -> None:
+def check_rotations(rotations: Tensor, x: Tensor, n_heads: int, n_hashes, factors: tuple[int, ...]) -> None:
     if not isinstance(rotations, Tensor):
         raise TypeError(f"rotations: got {type(rotations).__name__}, wanted a tensor")
     if not rotations.is_floating_point():
