@@ -95,11 +95,11 @@ def _dense_bwd_kernel(
     dq = tl.zeros([BLOCK_M, D], tl.float32)
     for start in range(0, L, BLOCK_N):
         offs = (head + start + tl.arange(0, BLOCK_N))[:, None] * D + offs_d[None, :]
-        k = tl.load(k_ptr + offs)  # [BLOCK_N, D]
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * logit_scale
+        walked = tl.load(k_ptr + offs)  # [BLOCK_N, D]
+        logits = tl.dot(q, tl.trans(walked), input_precision="ieee") * logit_scale
         probs = tl.exp2(logits - lse[:, None])  # [BLOCK_M, BLOCK_N]
         dprobs = tl.dot(dout, tl.trans(tl.load(v_ptr + offs)), input_precision="ieee")
-        dq = tl.dot((probs * (dprobs - delta[:, None])).to(k.dtype), k, dq, input_precision="ieee")
+        dq = tl.dot((probs * (dprobs - delta[:, None])).to(walked.dtype), walked, dq, input_precision="ieee")
     tl.store(dq_ptr + offs_own, (dq * scale).to(dq_ptr.dtype.element_ty))
 
 
