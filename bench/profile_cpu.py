@@ -69,12 +69,12 @@ def main():
         list(factors), True, config.span, config.window_length, C, 1, 0, True, True, False, 0, 0.0, True, 0.0, 1.0
     )
     buckets = torch_backend.lsh_hash(query, rotations, factors)
-    state = torch_backend.sort_rounds(buckets, None, None, attention, L)
+    state = torch_backend.sort_rounds(buckets, None, None, attention)
     inputs = query, None, value, None, None
     out, lse = torch_backend.attention_fwd(*inputs, state, attention)
     stages = {
         "hash": (lambda: torch_backend.lsh_hash(query, rotations, factors), 2 * B * H * L * D * R * sum(factors) / 2),
-        "sort": (lambda: torch_backend.sort_rounds(buckets, None, None, attention, L), None),
+        "sort": (lambda: torch_backend.sort_rounds(buckets, None, None, attention), None),
         "attention forward": (
             lambda: torch_backend.attention_fwd(*inputs, state, attention),
             lsh_flops(B, H, L, D, R, C, "forward"),

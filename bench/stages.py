@@ -151,7 +151,7 @@ def our_attention(shape, config, backend):
     factors = config.factors(shape.L)
     query, value, buckets = hashed(shape, factors)
     options = config.options(factors, is_causal=True, dropout_p=0.0, scale=1.0)
-    state = torch_backend.sort_rounds(buckets, None, None, options, shape.L)
+    state = torch_backend.sort_rounds(buckets, None, None, options)
     forward, backward = torch_backend.attention_fwd, torch_backend.attention_bwd
     if backend == "triton":
         from lsh_kernels.csrc_triton.attention_bwd import attention_bwd as backward

@@ -16,31 +16,23 @@ import triton.language as tl
 from ._tile import (
     FAR,
     Tile,
-    bucket_of,
     ceil_div,
-    dedupe_reach,
     divide,
     divisor,
     dropout_args,
     dropout_keep,
-    earlier_coords,
-    earlier_intervals,
-    is_first_round,
     is_within,
-    key_interval,
     load_hashed,
     load_rows,
     mode_of,
-    negated_coords,
     next_power_of_2,
     position_mask,
-    query_interval,
     slot_positions,
-    unmarked,
-    walk_range,
 )
-from .attention_fwd import check_inputs, interval_tables
+from .attention_fwd import check_inputs
 from .combine_rounds import RoundGradients, combine_rounds_bwd
+from .dedupe import dedupe_reach, earlier_coords, earlier_intervals, is_first_of_many, is_first_round, negated_coords
+from .intervals import interval_tables, key_interval, query_interval, search_queries, walk_range
 
 _LOG2_E = math.log2(math.e)
 LOG2_E = tl.constexpr(_LOG2_E)
@@ -85,69 +77,6 @@ def _attention_bwd_prepare_kernel(
         square = tl.sum(q * q, 1)
         inverse = tl.where(square == 0.0, 0.0, 1.0 / tl.sqrt_rn(tl.where(square == 0.0, 1.0, square + eps)))
         tl.store(inverse_norm_ptr + offs_row, inverse, mask=row_mask)
-
-
-@triton.jit
-def count_queries(
-    bucket, edge, order_ptr, stretched_ptr, limits_ptr, L, stretch, OF_STARTS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """How many query slots of a round lie in a bucket before `bucket`, or in it with an interval of keys that ends
-    (OF_STARTS: starts) at the stretched slot `edge` or before. Searched BLOCK slots at a time. All pointers: to the round."""
-    count, step = 0, 1
-    while step * BLOCK < L:
-        step *= BLOCK
-    while step > 0:
-        slots = count + tl.arange(0, BLOCK) * step
-        slot_mask = slots < L
-        pos = tl.load(order_ptr + slots, mask=slot_mask, other=0)
-        q_bucket = bucket_of(unmarked(tl.load(stretched_ptr + pos, mask=slot_mask, other=0)) - slots, stretch)
-        end = tl.load(limits_ptr + pos * 2, mask=slot_mask, other=0)
-        if not OF_STARTS:
-            end += tl.load(limits_ptr + pos * 2 + 1, mask=slot_mask, other=0)
-        before_mask = slot_mask & ((q_bucket < bucket) | ((q_bucket == bucket) & (end <= edge)))
-        n_before = tl.sum(before_mask.to(tl.int32), 0)
-        # the last slot that lies before is known: the next, finer search starts with it
-        count += tl.where(step == 1, n_before, tl.maximum(n_before - 1, 0) * step)
-        step //= BLOCK
-    return count
-
-
-@triton.jit
-def search_queries(
-    stretched, slots, r, row, order_ptr, stretched_ptr, limits_ptr, L, S, n_buckets, MODE: tl.constexpr
-):  # fmt: skip
-    """[lo, hi) of the query slots of a round that see any of the keys with these stretched slots. row: (b, h, r)."""
-    stretch = tl.minimum(MODE.WINDOW, S) + 1
-    bucket = bucket_of(stretched - slots, stretch)
-    # the bucket of padding comes last and nobody sees it
-    real_mask = bucket < n_buckets
-    order_ptr += row * L
-    stretched_ptr += row * L
-    limits_ptr += row * L * 2
-    # in the local round there is nothing to search
-    n_slots = tl.where(r < MODE.R, L, 0)
-    lowest, lowest_bucket = tl.min(tl.where(real_mask, stretched, 4 * FAR), 0), tl.min(tl.where(real_mask, bucket, FAR), 0)
-    highest, highest_bucket = tl.max(tl.where(real_mask, stretched, -1), 0), tl.max(tl.where(real_mask, bucket, -1), 0)
-    lo = count_queries(lowest_bucket, lowest, order_ptr, stretched_ptr, limits_ptr, n_slots, stretch, False, 256)
-    hi = count_queries(highest_bucket, highest, order_ptr, stretched_ptr, limits_ptr, n_slots, stretch, True, 256)
-    none = tl.zeros_like(slots)
-    return none + lo, none + tl.maximum(lo, hi)
-
-
-@triton.jit
-def is_first_of_many(q_pos, k_pos, r, pid_bh, pid_kv, coords_ptr, limits_ptr, L, S, MODE: tl.constexpr):
-    """`is_first_round` of pairs [queries, keys] or, as the positions broadcast, [keys, queries], one round after the other:
-    no matter how many there are, registers hold one."""
-    first_mask = (q_pos >= 0) & (k_pos >= 0)
-    for e in range(0, r):
-        coord = unmarked(tl.load(coords_ptr + (pid_kv * MODE.R + e) * S + k_pos))
-        offs = (pid_bh * MODE.R + e) * L + q_pos
-        if MODE.SHARED:
-            before, width = dedupe_reach(S, MODE)
-            first_mask &= ~is_within(coord, unmarked(tl.load(coords_ptr + offs)) - before, width)
-        else:
-            first_mask &= ~is_within(coord, tl.load(limits_ptr + offs * 2), tl.load(limits_ptr + offs * 2 + 1))
-    return first_mask
 
 
 @triton.jit

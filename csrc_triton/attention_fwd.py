@@ -8,32 +8,24 @@ import triton.language as tl
 
 from ._tile import (
     Tile,
-    bucket_of,
     ceil_div,
-    dedupe_reach,
     divide,
     divisor,
     dropout_args,
     dropout_keep,
-    earlier_coords,
-    earlier_intervals,
-    is_first_round,
     is_within,
     load_rows,
     log2_of,
     mode_of,
-    negated_coords,
     next_power_of_2,
     online_softmax,
     position_mask,
-    query_interval,
     slot_positions,
-    span_interval,
     store_rows,
-    unmarked,
-    walk_range,
 )
 from .combine_rounds import SelfOnly, combine_rounds
+from .dedupe import dedupe_reach, earlier_coords, earlier_intervals, is_first_round, negated_coords
+from .intervals import interval_tables, query_interval, walk_range
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2_E = math.log2(math.e)
@@ -148,92 +140,6 @@ def _attention_fwd_kernel(
     store_rows(out_ptr, offs_out, out, alive_mask, TILE.DV)
 
 
-@triton.jit(do_not_specialize=["L", "n_buckets", "gap"])
-def _bucket_bounds_kernel(
-    order_ptr, stretched_ptr,  # inputs   [B, H, R, L]
-    bounds_ptr, coords_ptr,    # outputs  [B, H, R, n_buckets + 1, 2], [B, H, R, L]
-    L, n_buckets, gap, MODE: tl.constexpr, HAS_COORDS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program owns BLOCK slots of one round: writes first slot and one past the last of each bucket that begins or
-    ends there (buckets without any key are not written), and to each position the coordinate that dedupe goes by."""
-    pid = tl.program_id(0)
-    n_tiles = tl.cdiv(L, BLOCK)
-    row = (pid // n_tiles).to(tl.int64)
-    slots = (pid % n_tiles) * BLOCK + tl.arange(0, BLOCK)
-    slot_mask = slots < L
-    pos = tl.load(order_ptr + row * L + slots, mask=slot_mask, other=0)
-    coords = slots // MODE.CHUNK if MODE.SPAN == "chunk" else tl.zeros_like(slots)
-    if MODE.WITHIN_BUCKET:
-        stretch = tl.minimum(MODE.WINDOW, L) + 1
-        bucket = bucket_of(unmarked(tl.load(stretched_ptr + row * L + pos, mask=slot_mask, other=0)) - slots, stretch)
-        prev_mask = slot_mask & (slots > 0)
-        prev_pos = tl.load(order_ptr + row * L + slots - 1, mask=prev_mask, other=0)
-        prev = unmarked(tl.load(stretched_ptr + row * L + prev_pos, mask=prev_mask, other=0))
-        prev_bucket = tl.where(prev_mask, bucket_of(prev - slots + 1, stretch), -1)
-        bounds_ptr += row * (n_buckets + 1) * 2
-        border_mask = slot_mask & (bucket != prev_bucket)
-        tl.store(bounds_ptr + bucket * 2, slots, mask=border_mask)
-        tl.store(bounds_ptr + prev_bucket * 2 + 1, slots, mask=border_mask & prev_mask)
-        tl.store(bounds_ptr + bucket * 2 + 1, slots + 1, mask=slots == L - 1)
-        coords += bucket * gap
-    if HAS_COORDS:
-        tl.store(coords_ptr + row * L + pos, coords, mask=slot_mask)
-
-
-@triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets"])
-def _stretched_intervals_kernel(
-    q_order_ptr, q_stretched_ptr,              # inputs   [B, H, R, L]
-    k_order_ptr, k_stretched_ptr, bounds_ptr,  #          [B, HKV, R, S] twice, [B, HKV, R, n_buckets + 1, 2]
-    limits_ptr,                                # output   [B, H, R, L, 2]
-    H, HKV, L, S, n_buckets, MODE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program owns BLOCK query slots of one round and writes to their positions start and width of the interval of
-    separate keys that they see, in stretched slots of keys."""
-    pid = tl.program_id(0)
-    n_tiles = tl.cdiv(L, BLOCK)
-    row = (pid // n_tiles).to(tl.int64)  # (b, h, r)
-    r, h, b = row % MODE.R, row // MODE.R % H, row // MODE.R // H
-    k_row = (b * HKV + h // (H // HKV)) * MODE.R + r
-    k_order_ptr += k_row * S
-    k_stretched_ptr += k_row * S
-    slots = (pid % n_tiles) * BLOCK + tl.arange(0, BLOCK)
-    slot_mask = slots < L
-    pos = tl.load(q_order_ptr + row * L + slots, mask=slot_mask, other=0)
-    if MODE.WITHIN_BUCKET:
-        stretch = tl.minimum(MODE.WINDOW, S) + 1
-        shift = unmarked(tl.load(q_stretched_ptr + row * L + pos, mask=slot_mask, other=0)) - slots
-        bounds_ptrs = bounds_ptr + (k_row * (n_buckets + 1) + tl.where(slot_mask, bucket_of(shift, stretch), 0)) * 2
-        first = tl.load(bounds_ptrs, mask=slot_mask, other=0)
-        last = tl.load(bounds_ptrs + 1, mask=slot_mask, other=0)
-        # key j of the bucket counts as not after i if j * L <= i * S; positions ascend in it
-        limit = (pos.to(tl.int64) * S // L).to(tl.int32)
-        end, above = first, last
-        while tl.max(above - end, 0) > 0:
-            middle = (end + above) // 2
-            open_mask = end < above
-            before = tl.load(k_order_ptr + middle, mask=open_mask, other=0) <= limit
-            above = tl.where(open_mask & (~before), middle, above)
-            end = tl.where(open_mask & before, middle + 1, end)
-        lo, hi = span_interval(slots, end, first, last, r, L, S, MODE.BEFORE, MODE.AFTER, MODE)
-        lo, hi = tl.maximum(lo, first), tl.minimum(hi, last)
-        if MODE.CAUSAL:
-            hi = tl.minimum(hi, end)
-        width = tl.maximum(hi - lo, 0)
-        lo += shift
-    else:
-        lo, hi = span_interval(slots, slots + 1, 0, S, r, L, S, MODE.BEFORE, MODE.AFTER, MODE)
-        lo, hi = tl.maximum(lo, 0), tl.minimum(hi, S)
-        # across buckets the stretched slots of both ends are needed
-        ends_mask = slot_mask & (lo < hi)
-        lo = tl.load(k_order_ptr + lo, mask=ends_mask, other=0)
-        hi = tl.load(k_order_ptr + hi - 1, mask=ends_mask, other=0)
-        lo = tl.load(k_stretched_ptr + lo, mask=ends_mask, other=0)
-        width = tl.load(k_stretched_ptr + hi, mask=ends_mask, other=-1) + 1 - lo
-    limits_ptrs = limits_ptr + (row * L + pos) * 2
-    tl.store(limits_ptrs, lo, mask=slot_mask)
-    tl.store(limits_ptrs + 1, width, mask=slot_mask)
-
-
 @triton.jit(do_not_specialize=["H", "L", "eps"])
 def _inverse_norm_kernel(
     x_ptr, padding_ptr,  # inputs  [B, H, L, D], [B, L]
@@ -311,44 +217,6 @@ def attend_rounds(query, key, value, key_padding_mask, seed, state, options, inv
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out, lse, inverse_norm
-
-
-def interval_tables(state, mode, n_buckets, L, S):
-    """(coords, limits) that dedupe and `query_interval` read: bounds of buckets or intervals, see the two kernels."""
-    if not mode.HASHED:
-        return None, None
-    q_order, device = state.q_order, state.q_order.device
-    B, H, R, _ = q_order.shape
-    if mode.SHARED:
-        order, stretched, coords, bounds = q_order, state.q_stretched, state.q_stretched, None
-        has_coords = mode.DEDUPE and mode.SPAN != "window"
-        if has_coords:
-            coords = torch.empty(stretched.shape, dtype=torch.int32, device=device)
-        if mode.WITHIN_BUCKET:
-            bounds = torch.empty((B, H, R, n_buckets + 1, 2), dtype=torch.int32, device=device)
-    else:
-        order, stretched, coords, has_coords = state.k_order, state.k_stretched, state.k_stretched, False
-        bounds = None
-        if mode.WITHIN_BUCKET:
-            # queries may ask for a bucket without keys
-            bounds = torch.zeros((*order.shape[:3], n_buckets + 1, 2), dtype=torch.int32, device=device)
-    block = 1024
-    if mode.WITHIN_BUCKET or has_coords:
-        # so far apart that the reach of a query leads from no bucket to another
-        gap = min(max(mode.BEFORE, mode.AFTER), ceil_div(S, mode.CHUNK)) + 1
-        n_rows = order.shape[0] * order.shape[1] * R
-        _bucket_bounds_kernel[(n_rows * ceil_div(S, block),)](
-            order, stretched, bounds, coords, S, n_buckets, gap, MODE=mode, HAS_COORDS=has_coords, BLOCK=block
-        )
-    if mode.SHARED or not (mode.WITHIN_BUCKET or mode.DEDUPE):
-        return coords, bounds
-    limits = torch.empty((B, H, R, L, 2), dtype=torch.int32, device=device)
-    block = 256
-    _stretched_intervals_kernel[(B * H * R * ceil_div(L, block),)](
-        q_order, state.q_stretched, order, stretched, bounds, limits, H, order.shape[1], L, S, n_buckets,
-        MODE=mode, BLOCK=block,
-    )  # fmt: skip
-    return coords, limits
 
 
 def inverse_norms(x, key_padding_mask, norm_eps=0.0):

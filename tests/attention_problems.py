@@ -81,7 +81,7 @@ class Problem:
     def __init__(
         self, device, config="window", keys="shared", causal=False, padded=False, dedupe=True, local_window=0,
         dropout_p=0.0, R=2, D=16, L=100, dtype=torch.float32, strided=False, B=1, H=2, Dv=None, n_buckets=4,
-        chunk_length=8,
+        chunk_length=8, scale=None,
     ):  # fmt: skip
         fields = {"dedupe": dedupe and not config.startswith("wrap"), **CONFIGS[config]}
         self.config = LSHConfig(n_hashes=R, n_buckets=n_buckets, chunk_length=chunk_length, local_window=local_window, **fields)
@@ -104,7 +104,7 @@ class Problem:
         self.q_buckets = torch.randint(n_buckets, (B, H, R, L), device=device)
         self.k_buckets = None if self.shared else torch.randint(n_buckets, (B, Hkv, R, S), device=device)
         self.seed = torch.tensor([-(2**62) - 12345], device=device) if dropout_p else None
-        self.scale = 1.0 if self.shared else D**-0.5
+        self.scale = scale if scale is not None else 1.0 if self.shared else D**-0.5
         c = self.config
         self.options = AttentionOptions(
             factors=list(c.factors(S)), hashed=True, span=c.span, window=c.window_length, chunk_length=c.chunk_length,
@@ -114,7 +114,7 @@ class Problem:
         )  # fmt: skip
 
     def sort(self):
-        return torch_backend.sort_rounds(self.q_buckets, self.k_buckets, self.padding, self.options, self.value.shape[2])
+        return torch_backend.sort_rounds(self.q_buckets, self.k_buckets, self.padding, self.options)
 
     def run(self, state=None, attend=attention_fwd, **kwargs):
         tensors = self.query, self.key, self.value, self.padding, self.seed

@@ -71,6 +71,12 @@ def test_attention_bwd_counts_a_pair_once(config, keys, causal, device):
     Call(problem).assert_equal_the_oracle()
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("keys", ["shared", "separate"])
+def test_attention_bwd_takes_any_scale(keys, scale, device):
+    Call(Problem(device, keys=keys, causal=True, padded=True, local_window=2, scale=scale)).assert_equal_the_oracle()
+
+
 @pytest.mark.parametrize("keys", ["shared", "separate", "grouped"])
 def test_attention_bwd_counts_a_pair_of_many_rounds_once(keys, device):
     """Above 8 rounds dedupe looks at one after the other."""

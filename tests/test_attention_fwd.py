@@ -38,6 +38,14 @@ def test_attention_fwd_counts_a_pair_once(config, keys, causal, device):
     assert_equals_oracle(problem, problem.run())
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0, -1e-40, 300.0])
+@pytest.mark.parametrize("keys", ["shared", "separate"])
+def test_attention_fwd_takes_any_scale(keys, scale, device):
+    """The softmax takes its maximum before the scale, which therefore must not be negative, or 0, in the kernel."""
+    problem = Problem(device, keys=keys, causal=True, padded=True, local_window=2, scale=scale)
+    assert_equals_oracle(problem, problem.run())
+
+
 @pytest.mark.parametrize("keys", ["shared", "separate"])
 @pytest.mark.parametrize("config", ["window", "chunk", "bucket", "wrap"])
 def test_attention_fwd_of_one_full_bucket(config, keys, device, monkeypatch):

@@ -111,7 +111,7 @@ def test_bucket_sort_with_the_counts_of_the_hash_is_the_torch_backends(factors, 
     buckets, _, tile_counts = hash_rows(x, rotations, factors, mask, None)
     order, stretched = sort_buckets(buckets, math.prod(factors), 65, mask, tile_counts)
     fields = dict.fromkeys(AttentionOptions._fields) | {"factors": factors, "window": 64}
-    want = torch_backend.sort_rounds(buckets, None, mask, AttentionOptions(**fields), 300)
+    want = torch_backend.sort_rounds(buckets, None, mask, AttentionOptions(**fields))
     assert torch.equal(order, want.q_order) and torch.equal(stretched, want.q_stretched)
     guard_zones()
 

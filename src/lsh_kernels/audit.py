@@ -329,7 +329,9 @@ def main(argv=None):
     parser.add_argument("--picture", type=Path, help="draw rows and modelled times into this file")
     parser.add_argument("--sweep", metavar="MODULE", help="rank tiles, warps, stages of attention_fwd, hashing, ..; no table")
     options = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    from triton import knobs
+
+    if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     if options.sweep:
         return _sweep(options)

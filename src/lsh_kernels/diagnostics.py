@@ -122,7 +122,7 @@ def attention_recall(
     counts = bucket_occupancy(k_buckets, factors, padding).repeat_interleave(group, 1)  # [B, H, R, N]
     sizes = counts.gather(3, q_buckets[..., queries].long().clamp(0, counts.shape[3] - 1))
     options = config.options(factors, is_causal=is_causal, dropout_p=0.0, scale=scale)
-    state = sort_rounds(q_buckets, None if shared else k_buckets, padding, options, S)
+    state = sort_rounds(q_buckets, None if shared else k_buckets, padding, options)
     recall, error, perplexity = torch.full((3, B, H, len(queries)), math.nan, dtype=dtype, device=device)
     n_keys = torch.empty(recall.shape, dtype=torch.int64, device=device)
     for b, h in product(range(B), range(H)):

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import functional
 from .config import LSHConfig
 from .functional import bucket_sort, combine_rounds, lsh_hash
-from .torch_backend import SortedRounds, sorted_rounds
+from .torch_backend import SortedRounds, padded_buckets, sorted_rounds
 
 __all__ = ["SortedRounds", "attention_rounds", "bucket_sort", "combine_rounds", "lsh_hash", "sort_rounds"]
 
@@ -68,7 +68,8 @@ def sort_rounds(
     factors = config.factors(keys.shape[3])
     functional.check_slots(config, math.prod(factors), keys.shape[3])
     options = config.options(factors, is_causal=False, dropout_p=0.0, scale=1.0)
-    return sorted_rounds(q_order, q_buckets, k_order, k_buckets, key_padding_mask, options)
+    q_buckets, k_buckets = padded_buckets(q_buckets, k_buckets, key_padding_mask, options)
+    return sorted_rounds(q_order, q_buckets, k_order, k_buckets, options)
 
 
 def attention_rounds(

@@ -120,34 +120,35 @@ class SortedRounds:
 
 
 def sort_rounds(
-    q_buckets: Tensor, k_buckets: Tensor | None, key_padding_mask: Tensor | None, options: AttentionOptions, k_len: int
+    q_buckets: Tensor, k_buckets: Tensor | None, key_padding_mask: Tensor | None, options: AttentionOptions
 ) -> SortedRounds:
     """Sort queries (and separate keys) by bucket. In the shared case padded positions go along, last."""
-    q_mask, n_buckets = key_padding_mask if k_buckets is None else None, math.prod(options.factors)
-    q_order = _sort(_with_padding(q_buckets, n_buckets, q_mask))
-    k_order = None if k_buckets is None else _sort(_with_padding(k_buckets, n_buckets, key_padding_mask))
-    return sorted_rounds(q_order, q_buckets, k_order, k_buckets, key_padding_mask, options)
+    q_buckets, k_buckets = padded_buckets(q_buckets, k_buckets, key_padding_mask, options)
+    return sorted_rounds(_sort(q_buckets), q_buckets, None if k_buckets is None else _sort(k_buckets), k_buckets, options)
+
+
+def padded_buckets(
+    q_buckets: Tensor, k_buckets: Tensor | None, key_padding_mask: Tensor | None, options: AttentionOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Bucket ids of queries and of separate keys in range, padded keys (without separate ones, queries) in the last bucket."""
+    n_buckets = math.prod(options.factors)
+    if k_buckets is None:
+        return _with_padding(q_buckets, n_buckets, key_padding_mask), None
+    return _with_padding(q_buckets, n_buckets, None), _with_padding(k_buckets, n_buckets, key_padding_mask)
 
 
 def sorted_rounds(
-    q_order: Tensor,
-    q_buckets: Tensor,
-    k_order: Tensor | None,
-    k_buckets: Tensor | None,
-    key_padding_mask: Tensor | None,
-    options: AttentionOptions,
+    q_order: Tensor, q_buckets: Tensor, k_order: Tensor | None, k_buckets: Tensor | None, options: AttentionOptions
 ) -> SortedRounds:
-    """The orders of queries and of separate keys with the stretched slots of their positions."""
-    n_buckets = math.prod(options.factors)
+    """The orders of queries and of separate keys with the stretched slots of their positions, from `padded_buckets`."""
     stretch = bucket_stretch(options, q_buckets.shape[3] if k_buckets is None else k_buckets.shape[3])
 
-    def stretched(order, buckets, mask):
-        buckets = _with_padding(buckets, n_buckets, mask)
+    def stretched(order, buckets):
         return order.to(torch.int32), (invert(order) + buckets.to(torch.int64) * stretch).to(torch.int32)
 
     if k_buckets is None:
-        return SortedRounds(*stretched(q_order, q_buckets, key_padding_mask), None, None)
-    return SortedRounds(*stretched(q_order, q_buckets, None), *stretched(k_order, k_buckets, key_padding_mask))
+        return SortedRounds(*stretched(q_order, q_buckets), None, None)
+    return SortedRounds(*stretched(q_order, q_buckets), *stretched(k_order, k_buckets))
 
 
 def head_walks(state: SortedRounds, b: int, heads: slice, kv_ids: Tensor, options: AttentionOptions) -> list[Walk]:
@@ -367,7 +368,7 @@ def attention_forward(
         if rotations is not None:
             q_buckets = lsh_hash(query, rotations, options.factors)
             k_buckets = None if key is None else lsh_hash(key, rotations, options.factors)
-        state = sort_rounds(q_buckets, k_buckets, key_padding_mask, options, value.shape[2])
+        state = sort_rounds(q_buckets, k_buckets, key_padding_mask, options)
     return *attention_fwd(query, key, value, key_padding_mask, seed, state, options), state
 
 
