@@ -352,10 +352,10 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
         }
     keys = query if shared else key
     k_order = state.q_order if state.k_order is None else state.k_order
-    tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode, in_place)
     keep = dropout_args(o.dropout_p)
     for first_round in range(mode.ROUNDS) if in_place else (0,):
         for part, (n_heads, length, gradients) in parts.items():
+            tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode, part, in_place)
             n_tiles = ceil_div(length, tile.M)
             _attention_bwd_kernel[(B * n_heads * n_parts * n_tiles,)](
                 query, keys, value, dout, stats, inverse_norm, padding, seed,
@@ -385,7 +385,7 @@ def _prepare(out, dout, lse, dlse, query, padding, norm_eps, shared):
     return stats, inverse_norm
 
 
-def _launch_config(D, Dv, dtype, mode, in_place):
+def _launch_config(D, Dv, dtype, mode, part, in_place):
     """(tile, num_warps, num_stages): two accumulators and the operands of four products live at once, and for dedupe what
     rows see in other rounds, so that tiles are smaller than forward's."""
     block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
@@ -395,12 +395,14 @@ def _launch_config(D, Dv, dtype, mode, in_place):
     block_m, block_n, num_warps, num_stages = 16, 16, 2, 2
     if dtype == torch.float32:
         # products on FMA units take whole rows into registers, and tiles fetched ahead leave them none
-        num_warps, num_stages = 2 if widest <= 64 else 4, 1
+        num_warps, num_stages = 2 if widest <= 64 and plain else 4, 1
     elif widest > 128:
         num_warps = 4
     elif widest > 64:
-        if mode.SHARED and mode.DEDUPE and mode.ROUNDS > 5:
+        if mode.SHARED and (in_place or mode.ROUNDS > 5 and (mode.DEDUPE or mode.DROPOUT and mode.LOCAL_WINDOW)):
             block_n, num_warps = 32, 4
+        elif part == "keys" and mode.DEDUPE and mode.DROPOUT and mode.ROUNDS > 5:
+            num_warps = 4
     elif mode.DEDUPE:
         if plain and not mode.LOCAL_WINDOW:
             block_m = 32

@@ -24,7 +24,7 @@ from ._tile import (
     store_rows,
 )
 from .combine_rounds import SelfOnly, combine_rounds
-from .dedupe import dedupe_reach, earlier_coords, earlier_intervals, is_first_round, negated_coords
+from .dedupe import dedupe_reach, earlier_coords, earlier_intervals, is_first_of_many, is_first_round, negated_coords
 from .intervals import interval_tables, query_interval, walk_range
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -88,8 +88,11 @@ def _attention_fwd_kernel(
         q_mask = tl.load(padding_ptr + b * S + q_pos) == 0
     q_ptr += b * q_strides[0] + h * q_strides[1]
     q = load_rows(q_ptr, q_pos, q_strides[2], q_mask, TILE.D, BLOCK_D)  # [M, BLOCK_D]
+    # what queries of separate keys see in so many rounds does not fit into registers
+    MANY_ROUNDS: tl.constexpr = MODE.DEDUPE and not MODE.SHARED and MODE.ROUNDS > 8
+    FEW_ROUNDS: tl.constexpr = MODE.DEDUPE and not MANY_ROUNDS
     seen, seen_widths = (), ()
-    if MODE.DEDUPE:
+    if FEW_ROUNDS:
         if MODE.SHARED:
             before, _ = dedupe_reach(S, MODE)
             seen = negated_coords(q_pos, r, before, pid_bh, coords_ptr, L, MODE)
@@ -121,7 +124,9 @@ def _attention_fwd_kernel(
         valid_mask = position_mask(valid_mask, k_pos[None, :], q_pos[:, None], MODE)
         if CHECK_PADDING:
             valid_mask &= k_mask[None, :]
-        if MODE.DEDUPE:
+        if MANY_ROUNDS:
+            valid_mask &= is_first_of_many(q_pos[:, None], k_pos[None, :], r, pid_bh, pid_kv, coords_ptr, limits_ptr, L, S, MODE)
+        if FEW_ROUNDS:
             coords = earlier_coords(k_pos, pid_kv, coords_ptr, S, MODE)
             valid_mask &= is_first_round(seen, coords, seen_widths, S, MODE)
         logits = tl.where(valid_mask, logits, float("-inf"))
@@ -237,9 +242,10 @@ def _launch_config(D, Dv, dtype, dedupe):
     widest = max(block_d, block_dv)
     # IEEE fp32 products go through the FMA units and hold their operands in registers; at 128 dims so do the intervals of
     # other rounds, while without them sm_80 and sm_90 spill with 32 rows and not with 64
-    small = dtype == torch.float32 or widest > 128 or (widest == 128 and dedupe)
+    fp32 = dtype == torch.float32
+    small = fp32 or widest > 128 or (widest == 128 and dedupe)
     block_m = 32 if small else 64
-    return Tile(D, Dv, block_d, block_dv, block_m, 32 if widest <= 128 else 16), 4, 2
+    return Tile(D, Dv, block_d, block_dv, block_m, 32 if widest <= (64 if fp32 else 128) else 16), 4, 2
 
 
 def check_inputs(query, key, value, key_padding_mask, seed, state, options, inverse_norm):

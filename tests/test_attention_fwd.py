@@ -38,6 +38,14 @@ def test_attention_fwd_counts_a_pair_once(config, keys, causal, device):
     assert_equals_oracle(problem, problem.run())
 
 
+@pytest.mark.parametrize("keys", ["shared", "separate", "grouped"])
+def test_attention_fwd_counts_a_pair_of_many_rounds_once(keys, device):
+    """Above 8 rounds dedupe of separate keys looks at one after the other."""
+    sizes = {"H": 2 if keys == "grouped" else 1, "R": 9, "L": 30, "n_buckets": 2, "chunk_length": 5}
+    problem = Problem(device, keys=keys, causal=True, padded=True, local_window=2, **sizes)
+    assert_equals_oracle(problem, problem.run())
+
+
 @pytest.mark.parametrize("scale", [-0.7, 0.0, -1e-40, 300.0])
 @pytest.mark.parametrize("keys", ["shared", "separate"])
 def test_attention_fwd_takes_any_scale(keys, scale, device):

@@ -141,6 +141,10 @@ LAUNCHES = {
         0,
     ),
     "attention_fwd-fp32-D64": (lambda: attention_fwd(dtype=torch.float32), 4 * 4096),
+    "attention_fwd-bf16-D64-separate-16-rounds": (
+        lambda: attention_fwd(dtype=torch.bfloat16, keys="separate", n_hashes=16, mask=True, dropout_p=0.1, local_window=8),
+        4 * 4096,
+    ),
     "attention_bwd-fp16-D64": (lambda: attention_bwd(), 4 * 4096),
     "attention_bwd-fp16-D64-no-dedupe": (lambda: attention_bwd(dedupe=False), 4 * 4096),
     "attention_bwd-bf16-D128": (lambda: attention_bwd(head_dim=128, dtype=torch.bfloat16), 8 * 4096),
@@ -163,6 +167,27 @@ LAUNCHES = {
         lambda: attention_bwd(dtype=torch.bfloat16, n_hashes=2, dedupe=False, in_place=True),
         4 * 4096,
     ),
+    "attention_bwd-bf16-D128-in-place-all": (
+        lambda: attention_bwd(
+            head_dim=128, dtype=torch.bfloat16, causal=False, mask=True, dropout_p=0.1, local_window=8, in_place=True
+        ),
+        4 * 4096,
+    ),
+    "attention_bwd-bf16-D128-separate-8-rounds-all": (
+        lambda: attention_bwd(
+            head_dim=128,
+            dtype=torch.bfloat16,
+            causal=False,
+            keys="separate",
+            mask=True,
+            dropout_p=0.1,
+            local_window=8,
+            n_hashes=8,
+        ),
+        4 * 4096,
+    ),
+    "attention_bwd-fp32-D64": (lambda: attention_bwd(dtype=torch.float32), 4 * 4096),
+    "attention_bwd-fp32-D128-separate": (lambda: attention_bwd(head_dim=128, dtype=torch.float32, keys="separate"), 4 * 4096),
     "attention_bwd-bf16-D64-8-rounds-dropout": (
         lambda: attention_bwd(dtype=torch.bfloat16, n_hashes=8, dropout_p=0.1),
         2 * 4096,

@@ -129,9 +129,11 @@ def attention_work(arguments) -> Work:
         seen = arguments["S"] / arguments["n_buckets"]
         walked = tile.M + seen
     trips = math.ceil(walked / tile.N)
+    # dedupe of many rounds looks at those before, half of all as a rule, one after the other
+    before = ((mode.ROUNDS - 1) / 2,) if mode.DEDUPE and mode.ROUNDS > 8 else ()
     # a key walks the queries of one head of its group after the other
     heads = arguments["H"] // arguments["HKV"] if arguments.get("PART") == "keys" else 0
-    return Work(tile.M * seen * max(heads, 1), "pair", (heads, trips) if heads else (trips,))
+    return Work(tile.M * seen * max(heads, 1), "pair", (heads, trips, *before) if heads else (trips, *before))
 
 
 # a kernel that is not here counts as one unit and one trip

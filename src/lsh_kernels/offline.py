@@ -19,6 +19,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from .control_flow import Instruction, loop_depths
+
 KIB = 1024
 
 
@@ -134,14 +136,7 @@ def inspect(kernel) -> Code:
     return _read_cubin(kernel) if kernel.metadata.target.backend == "cuda" else _read_amdgcn(kernel)
 
 
-class Instruction(NamedTuple):
-    opcode: str
-    source: tuple  # (file, line) it was compiled from
-    jump: str  # label, for branches
-    label: str  # the one before it
-
-
-_SASS = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
+_SASS = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
 
 
 def _read_cubin(kernel) -> Code:
@@ -156,17 +151,20 @@ def _read_cubin(kernel) -> Code:
             source = Path(found[1]).name, int(found[2])
         elif found := re.match(r"(\.L_\w+):", line):
             label = found[1]
-        elif (found := _SASS.match(line)) and found[1] != "NOP":
-            jump = re.search(r"`\((\.L_\w+)\)", found[2]) if found[1].startswith("BRA") else None
-            instructions.append(Instruction(found[1], source, jump[1] if jump else "", label))
+        elif (found := _SASS.match(line)) and found[2] != "NOP":
+            predicate, opcode, operands = found.groups()
+            # warps do not diverge here, as a rule
+            jump = re.search(r"`\((\.L_\w+)\)", operands) if opcode.startswith("BRA") and opcode != "BRA.DIV" else None
+            # a branch may have another predicate among its operands
+            always = opcode.startswith(("EXIT", "RET")) or (jump and operands.lstrip().startswith("`"))
+            falls = bool(predicate or not always)
+            instructions.append(Instruction(opcode, source, jump[1] if jump else "", falls, label))
             label = ""
     opcodes = Counter(i.opcode.partition(".")[0] for i in instructions)
-    # beyond the exit stand slow paths and traps
-    n_main = 1 + max(i for i, instruction in enumerate(instructions) if instruction.opcode == "EXIT")
     registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return Code(
         registers, stack, opcodes["STL"], opcodes["LDL"], kernel.metadata.shared, kernel.metadata.num_warps,
-        _fma_dots(kernel), _count(kernel, instructions[:n_main], _classify_sass),
+        _fma_dots(kernel), _count(kernel, instructions, _classify_sass),
     )  # fmt: skip
 
 
@@ -181,7 +179,8 @@ def _read_amdgcn(kernel) -> Code:
             label = found[1]
         elif found := re.match(r"\s+((?:s|v|ds|buffer|global|flat|scratch)_\w+)(.*)", line):
             jump = re.search(r"\.LBB\w+", found[2]) if found[1].startswith(("s_branch", "s_cbranch")) else None
-            instructions.append(Instruction(found[1], source, jump[0] if jump else "", label))
+            falls = found[1] not in ("s_branch", "s_endpgm")
+            instructions.append(Instruction(found[1], source, jump[0] if jump else "", falls, label))
             label = ""
 
     def metadata(name):
@@ -193,21 +192,6 @@ def _read_amdgcn(kernel) -> Code:
         registers, stack, spilled, 0, kernel.metadata.shared, kernel.metadata.num_warps,
         _fma_dots(kernel), _count(kernel, instructions, _classify_amdgcn),
     )  # fmt: skip
-
-
-def loop_depths(instructions) -> list[int]:
-    """How many loops each instruction is inside of: a loop is what lies between a label and a jump back to it. Waits are
-    none: a program spins for a barrier, as a rule once."""
-    at = {instruction.label: i for i, instruction in enumerate(instructions) if instruction.label}
-    ends = {}
-    for i, instruction in enumerate(instructions):
-        first = at.get(instruction.jump, i)
-        waits = any(other.opcode.startswith(("SYNCS", "UTCATOMSWS")) for other in instructions[first:i])
-        if first < i and not (waits and i - first < 10):
-            ends[first] = max(i, ends.get(first, 0))
-    # code out of line, which jumps back into the middle of a loop, is no loop
-    loops = [(a, b) for a, b in ends.items() if not any(c < a <= d < b for c, d in ends.items())]
-    return [sum(a <= i <= b for a, b in loops) for i in range(len(instructions))]
 
 
 def row_loads(ttgir: str) -> set:
@@ -235,6 +219,8 @@ def _count(kernel, instructions, classify):
     lines, warp = row_loads(kernel.asm["ttgir"]), kernel.metadata.target.warp_size
     warps, counts = kernel.metadata.num_warps, defaultdict(Counter)
     for instruction, depth in zip(instructions, loop_depths(instructions)):
+        if depth is None:
+            continue
         kind, amount = classify(instruction.opcode)
         counts[depth]["issue"] += warps
         if kind == "tensor":

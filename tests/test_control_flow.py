@@ -1,0 +1,36 @@
+"""Loops of machine code, on programs written by hand: "label: opcode > target"; "." after the target ends the way on."""
+
+import pytest
+
+from lsh_kernels.control_flow import Instruction, loop_depths
+
+
+def program(*lines):
+    instructions = []
+    for line in lines:
+        label, _, rest = line.rpartition(": ")
+        opcode, _, target = rest.partition(" > ")
+        falls = not target.endswith(".") and opcode not in ("EXIT", "RET")
+        instructions.append(Instruction(opcode, jump=target.rstrip("."), falls=falls, label=label))
+    return instructions
+
+
+NESTED = ("MOV", "outer: ADD", "inner: MUL", "BRA > inner", "BRA > outer", "EXIT"), [0, 1, 2, 2, 1, 0]
+# the way back of a loop stands beyond the exit
+ROTATED = ("MOV", "head: ADD", "BRA > tail", "EXIT", "tail: MUL", "BRA > head."), [0, 1, 1, 0, 1, 1]
+# code out of line goes back to where it came from: in a loop it is part of it, elsewhere it makes none
+OUT_OF_LINE = (
+    ("BRA > slow", "back: MOV", "head: ADD", "BRA > rare", "middle: MUL", "BRA > head", "EXIT", "slow: SHL", "BRA > back.")
+    + ("rare: SHL", "BRA > middle."),
+    [0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 1],
+)
+SUBROUTINE = ("CALL", "EXIT", "sub: MUL", "BRA > sub", "RET", "trap: BRA > trap."), [0, 0, None, None, None, None]
+TWO_WAYS_BACK = ("head: ADD", "BRA > head", "MUL", "BRA > head", "EXIT"), [1, 1, 1, 1, 0]
+WAIT = ("head: ADD", "spin: SYNCS.PHASECHK", "BRA > spin", *["MUL"] * 8, "BRA > head", "EXIT"), [1] * 12 + [0]
+ENDLESS = ("head: ADD", "BRA > head."), [1, 1]
+NO_JUMPS = ("MOV", "EXIT"), [0, 0]
+
+
+@pytest.mark.parametrize("lines, depths", (NESTED, ROTATED, OUT_OF_LINE, SUBROUTINE, TWO_WAYS_BACK, WAIT, ENDLESS, NO_JUMPS))
+def test_loop_depths(lines, depths):
+    assert loop_depths(program(*lines)) == depths
