@@ -5,7 +5,7 @@ OUT ?= out/gpu
 GPU_WHEELS := reformer-pytorch axial-positional-embedding colt5-attention einops hyper-connections local-attention \
     product-key-memory torch-einops-utils
 KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.py attention_bwd.py combine_rounds.py residual.py \
-    backends.py costs.py strict_memory.py)
+    backends.py costs.py strict_memory.py compile.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint format test test-tritons offline test-gpu bench-gpu rehearse-gpu gpu-wheels demo diagnose \
@@ -33,7 +33,7 @@ test: install  ## all tests that need no GPU (Triton's interpreter where there i
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # the interpreter of triton 3.6.0 fails on run-time range bounds with numpy >= 2.4
-test-tritons: install  ## the kernels on the oldest and on the newest Triton, interpreted
+test-tritons: install  ## the kernels on the oldest and on the newest Triton, interpreted and compiled
 	for version in 3.6.0 3.9.0; do \
 	    $(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton-$$version triton==$$version 'numpy==2.3.*' && \
 	    PYTHONPATH=.venv/triton-$$version $(BIN)/python -m pytest -n 2 --dist loadfile $(KERNEL_TESTS) || exit 1; \

@@ -395,7 +395,7 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
     block_m, block_n, num_warps, num_stages = 16, 16, 2, 2
     if dtype == torch.float32:
         # products on FMA units take whole rows into registers, and tiles fetched ahead leave them none
-        num_warps, num_stages = 2 if widest <= 64 and plain else 4, 1
+        num_warps, num_stages = (2 if plain else 4) * (2 if widest > 64 and part != "keys" else 1), 1
     elif widest > 128:
         num_warps = 4
     elif widest > 64:

@@ -88,8 +88,8 @@ def _attention_fwd_kernel(
         q_mask = tl.load(padding_ptr + b * S + q_pos) == 0
     q_ptr += b * q_strides[0] + h * q_strides[1]
     q = load_rows(q_ptr, q_pos, q_strides[2], q_mask, TILE.D, BLOCK_D)  # [M, BLOCK_D]
-    # what queries of separate keys see in so many rounds does not fit into registers
-    MANY_ROUNDS: tl.constexpr = MODE.DEDUPE and not MODE.SHARED and MODE.ROUNDS > 8
+    # what queries see in so many rounds does not fit into registers
+    MANY_ROUNDS: tl.constexpr = MODE.DEDUPE and MODE.ROUNDS > (16 if MODE.SHARED else 8)
     FEW_ROUNDS: tl.constexpr = MODE.DEDUPE and not MANY_ROUNDS
     seen, seen_widths = (), ()
     if FEW_ROUNDS:
@@ -242,10 +242,9 @@ def _launch_config(D, Dv, dtype, dedupe):
     widest = max(block_d, block_dv)
     # IEEE fp32 products go through the FMA units and hold their operands in registers; at 128 dims so do the intervals of
     # other rounds, while without them sm_80 and sm_90 spill with 32 rows and not with 64
-    fp32 = dtype == torch.float32
-    small = fp32 or widest > 128 or (widest == 128 and dedupe)
-    block_m = 32 if small else 64
-    return Tile(D, Dv, block_d, block_dv, block_m, 32 if widest <= (64 if fp32 else 128) else 16), 4, 2
+    large = dtype == torch.float32 or widest > 128
+    block_m = 32 if large or (widest == 128 and dedupe) else 64
+    return Tile(D, Dv, block_d, block_dv, block_m, 16 if large else 32), 4, 2
 
 
 def check_inputs(query, key, value, key_padding_mask, seed, state, options, inverse_norm):

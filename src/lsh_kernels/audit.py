@@ -14,12 +14,12 @@ import math
 import multiprocessing
 import os
 import resource
-import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from .config import AttentionOptions, LSHConfig
 
@@ -194,33 +194,32 @@ def measure(launched, target: str) -> dict:
     }  # fmt: skip
 
 
-def audit_target(target: str, names: list[str]) -> list[dict]:
-    """Rows of the cases for one target; a kernel that several cases share is in the first one's."""
+def audit_case(target: str, name: str) -> list[tuple[dict, object]]:
+    """Rows of one case for one target, each with a hash of the kernel."""
     import triton
 
     from . import offline
 
-    rows, seen = [], set()
-    for name in names:
-        with offline.compile_only(target) as launches:
-            launch(cases()[name])
-        for launched in launches:
-            if launched.kernel and launched.kernel.hash in seen:
-                continue
-            seen.add(launched.kernel.hash if launched.kernel else None)
-            n = sum(other["case"] == name and other["kernel"].startswith(launched.name) for other in rows)
-            labels = {"triton": triton.__version__, "case": name, "kernel": f"{launched.name}{f' {n + 1}' * (n > 0)}"}
-            rows.append(measure(launched, target) | labels)
-    return rows
+    with offline.compile_only(target) as launches:
+        launch(cases()[name])
+    labels = {"triton": triton.__version__, "case": name}
+    return [(measure(launched, target) | labels, launched.kernel and launched.kernel.hash) for launched in launches]
 
 
 def audit(targets, names, workers=None) -> list[dict]:
-    """Rows of `FIELDS` of all cases for all targets, each target in a process of its own."""
+    """Rows of `FIELDS` of all cases for all targets; a kernel that several cases share is in the first one's."""
+    tasks = [(target, name) for target in targets for name in names]
+    rows, seen = [], set()
     with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_limit_memory) as pool:
-        futures = {pool.submit(audit_target, target, names): target for target in targets}
-        for future in as_completed(futures):
-            print(f"{futures[future]}: {len(future.result())} kernels", file=sys.stderr)
-        return [row for future in futures for row in future.result()]
+        results = pool.map(audit_case, *zip(*tasks))
+        for (target, name), found in tqdm(zip(tasks, results), "audit", len(tasks)):
+            for row, kernel_hash in found:
+                if kernel_hash is None or (target, kernel_hash) not in seen:
+                    seen.add((target, kernel_hash))
+                    like = [_key(other) for other in rows if _key(other)[:2] == (target, name)]
+                    n = sum(kernel.partition(" ")[0] == row["kernel"] for _, _, kernel in like)
+                    rows.append(row | {"kernel": row["kernel"] + f" {n + 1}" * (n > 0)})
+    return rows
 
 
 def _limit_memory():

@@ -6,6 +6,7 @@ Needs a process without TRITON_INTERPRET: Triton decides at import whether kerne
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import subprocess
@@ -131,6 +132,7 @@ def compile_only(target: str):
         JITFunction.run = run
 
 
+@functools.cache
 def inspect(kernel) -> Code:
     """What a compiled kernel's machine code holds."""
     return _read_cubin(kernel) if kernel.metadata.target.backend == "cuda" else _read_amdgcn(kernel)
