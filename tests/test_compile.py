@@ -17,8 +17,11 @@ import pytest
 import torch
 import triton
 
-ROOT = Path(__file__).parents[1]
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# launch configurations are chosen by the compiler of the pinned Triton; others allocate registers a little differently
+PINNED = f"triton=={triton.__version__}\n" in (Path(__file__).parents[1] / "constraints.txt").read_text()
+MOST_SPILLED = 0 if PINNED else 4
+# each takes a minute or two
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942") if PINNED else ("sm_90", "gfx942")
 
 
 def combine_rounds(length, n_hashes, head_dim, dtype, n_heads=2):
@@ -227,11 +230,9 @@ AT_LENGTH = {
 def test_compile_without_spills_and_with_wide_loads(launch, target):
     kernels = compiled(target)[launch]
     assert kernels, "the launcher launched nothing"
-    # launch configurations are chosen by the compiler of the pinned Triton; others allocate registers a little differently
-    pinned = f"triton=={triton.__version__}\n" in (ROOT / "constraints.txt").read_text()
     for kernel in kernels:
-        assert max(kernel["spills"]["stores"], kernel["spills"]["loads"]) <= (0 if pinned else 4), kernel
-        assert not (pinned and kernel["spills"]["stack"]), kernel
+        assert max(kernel["spills"]["stores"], kernel["spills"]["loads"]) <= MOST_SPILLED, kernel
+        assert not (PINNED and kernel["spills"]["stack"]), kernel
     fetched = sum(kernel["bytes_by_wide_loads"] for kernel in kernels)
     assert fetched >= LAUNCHES[launch][1], f"{fetched} bytes by 128-bit loads: {kernels}"
 
