@@ -124,7 +124,7 @@ def _attention_bwd_kernel(
     CHECK_PADDING: tl.constexpr = MODE.HAS_PADDING and (MODE.LOCAL_WINDOW > 0 or not MODE.WITHIN_BUCKET)
     # what rows see in so many rounds does not fit into registers
     MANY_ROUNDS: tl.constexpr = MODE.DEDUPE and MODE.ROUNDS > 8
-    FEW_ROUNDS: tl.constexpr = MODE.DEDUPE and MODE.ROUNDS <= 8
+    FEW_ROUNDS: tl.constexpr = MODE.DEDUPE and not MANY_ROUNDS
     pid = tl.program_id(0)
     n_own, n_heads = (S, HKV) if PART == "keys" else (L, H)
     n_tiles = tl.cdiv(n_own, BLOCK_M)
@@ -399,6 +399,7 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
     elif widest > 128:
         num_warps = 4
     elif widest > 64:
+        # where two warps spill: with float32 sums to add to, intervals of many rounds, or all that a pair can depend on
         if mode.SHARED and (in_place or mode.ROUNDS > 5 and (mode.DEDUPE or mode.DROPOUT and mode.LOCAL_WINDOW)):
             block_n, num_warps = 32, 4
         elif part == "keys" and mode.DEDUPE and mode.DROPOUT and mode.ROUNDS > 5:

@@ -222,7 +222,10 @@ def _stretched_intervals_kernel(
         first = tl.load(bounds_ptrs, mask=slot_mask, other=0)
         last = tl.load(bounds_ptrs + 1, mask=slot_mask, other=0)
         # key j of the bucket counts as not after i if j * L <= i * S; positions ascend in it
-        limit = (pos.to(tl.int64) * S // L).to(tl.int32)
+        limit = pos
+        if L != S:
+            # a division in 64 bits takes as long as the rest of the kernel
+            limit = (pos.to(tl.int64) * S // L).to(tl.int32)
         end, above = first, last
         while tl.max(above - end, 0) > 0:
             middle = (end + above) // 2

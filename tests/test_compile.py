@@ -147,10 +147,12 @@ LAUNCHES = {
         0,
     ),
     "attention_fwd-fp32-D64": (lambda: attention_fwd(dtype=torch.float32), 4 * 4096),
+    "attention_fwd-bf16-D64-17-rounds": (lambda: attention_fwd(dtype=torch.bfloat16, n_hashes=17), 4 * 4096),
     "attention_fwd-bf16-D64-separate-16-rounds": (
         lambda: attention_fwd(dtype=torch.bfloat16, keys="separate", n_hashes=16),
         4 * 4096,
     ),
+    "attention_bwd-bf16-D64-9-rounds": (lambda: attention_bwd(dtype=torch.bfloat16, n_hashes=9), 2 * 4096),
     "attention_bwd-fp16-D64": (lambda: attention_bwd(), 4 * 4096),
     "attention_bwd-fp16-D64-no-dedupe": (lambda: attention_bwd(dedupe=False), 4 * 4096),
     "attention_bwd-bf16-D128": (lambda: attention_bwd(head_dim=128, dtype=torch.bfloat16), 8 * 4096),

@@ -1,4 +1,4 @@
-"""Loops of machine code, on programs written by hand: "label: opcode > target"; "." after the target ends the way on."""
+"""Loops of machine code, on programs written by hand: "labels: opcode > target"; "." after the target ends the way on."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def program(*lines):
         label, _, rest = line.rpartition(": ")
         opcode, _, target = rest.partition(" > ")
         falls = not target.endswith(".") and opcode not in ("EXIT", "RET")
-        instructions.append(Instruction(opcode, jump=target.rstrip("."), falls=falls, label=label))
+        instructions.append(Instruction(opcode, jump=target.rstrip("."), falls=falls, labels=tuple(label.split())))
     return instructions
 
 
@@ -27,10 +27,18 @@ OUT_OF_LINE = (
 SUBROUTINE = ("CALL", "EXIT", "sub: MUL", "BRA > sub", "RET", "trap: BRA > trap."), [0, 0, None, None, None, None]
 TWO_WAYS_BACK = ("head: ADD", "BRA > head", "MUL", "BRA > head", "EXIT"), [1, 1, 1, 1, 0]
 WAIT = ("head: ADD", "spin: SYNCS.PHASECHK", "BRA > spin", *["MUL"] * 8, "BRA > head", "EXIT"), [1] * 12 + [0]
+TWO_LABELS = ("head start: ADD", "BRA > start", "BRA > head", "EXIT"), [1, 1, 1, 0]
 ENDLESS = ("head: ADD", "BRA > head."), [1, 1]
 NO_JUMPS = ("MOV", "EXIT"), [0, 0]
 
 
-@pytest.mark.parametrize("lines, depths", (NESTED, ROTATED, OUT_OF_LINE, SUBROUTINE, TWO_WAYS_BACK, WAIT, ENDLESS, NO_JUMPS))
+@pytest.mark.parametrize(
+    "lines, depths", (NESTED, ROTATED, OUT_OF_LINE, SUBROUTINE, TWO_WAYS_BACK, WAIT, TWO_LABELS, ENDLESS, NO_JUMPS)
+)
 def test_loop_depths(lines, depths):
     assert loop_depths(program(*lines)) == depths
+
+
+def test_loop_depths_refuses_a_jump_to_nowhere():
+    with pytest.raises(KeyError, match="lost"):
+        loop_depths(program("BRA > lost", "EXIT"))

@@ -14,18 +14,19 @@ class Instruction(NamedTuple):
     source: tuple = ()  # (file, line) it was compiled from
     jump: str = ""  # label it may jump to
     falls: bool = True  # whether the next one may follow
-    label: str = ""  # the one before it
+    labels: tuple = ()  # those before it
 
 
 def loop_depths(instructions: list[Instruction]) -> list[int | None]:
     """How many loops each instruction is inside of, wherever the compiler has put it. None: no jump leads there from the
-    first one (subroutines, padding). Waits are no loops: a program spins for a barrier, as a rule once."""
+    first one (subroutines that are called in rare cases, padding). Waits are no loops: a program spins for a barrier, as a rule
+    once. Raises KeyError for a jump to a label that is nowhere."""
     blocks = _blocks(instructions)
-    block_at = {instructions[block.start].label: b for b, block in enumerate(blocks) if instructions[block.start].label}
+    block_at = {label: b for b, block in enumerate(blocks) for label in instructions[block.start].labels}
     followers = []
     for b, block in enumerate(blocks):
         last = instructions[block[-1]]
-        jumps = [block_at[last.jump]] if last.jump in block_at else []
+        jumps = [block_at[last.jump]] if last.jump else []
         followers.append(jumps + [b + 1] * (last.falls and b + 1 < len(blocks)))
     order = _reached(followers)
     leaders = [[] for _ in blocks]
@@ -50,7 +51,7 @@ def loop_depths(instructions: list[Instruction]) -> list[int | None]:
 def _blocks(instructions):
     starts = {0}
     for i, instruction in enumerate(instructions):
-        if instruction.label:
+        if instruction.labels:
             starts.add(i)
         if instruction.jump or not instruction.falls:
             starts.add(i + 1)

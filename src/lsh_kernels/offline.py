@@ -147,12 +147,12 @@ def _read_cubin(kernel) -> Code:
         file.flush()
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
         sass = _run(knobs.nvidia.nvdisasm.path, "-g", "-c", file.name)
-    instructions, source, label = [], None, ""
+    instructions, source, labels = [], None, ()
     for line in sass.splitlines():
         if found := re.match(r'\s*//## File "(.*)", line (\d+)', line):
             source = Path(found[1]).name, int(found[2])
         elif found := re.match(r"(\.L_\w+):", line):
-            label = found[1]
+            labels += (found[1],)
         elif (found := _SASS.match(line)) and found[2] != "NOP":
             predicate, opcode, operands = found.groups()
             # warps do not diverge here, as a rule
@@ -160,8 +160,8 @@ def _read_cubin(kernel) -> Code:
             # a branch may have another predicate among its operands
             always = opcode.startswith(("EXIT", "RET")) or (jump and operands.lstrip().startswith("`"))
             falls = bool(predicate or not always)
-            instructions.append(Instruction(opcode, source, jump[1] if jump else "", falls, label))
-            label = ""
+            instructions.append(Instruction(opcode, source, jump[1] if jump else "", falls, labels))
+            labels = ()
     opcodes = Counter(i.opcode.partition(".")[0] for i in instructions)
     registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return Code(
@@ -173,17 +173,17 @@ def _read_cubin(kernel) -> Code:
 def _read_amdgcn(kernel) -> Code:
     text = kernel.asm["amdgcn"]
     files = dict(re.findall(r'^\t\.file\t(\d+) .*"([^"\n]+)"', text, re.MULTILINE))
-    instructions, source, label = [], None, ""
+    instructions, source, labels = [], None, ()
     for line in text.splitlines():
         if found := re.match(r"\s+\.loc\s+(\d+) (\d+)", line):
             source = Path(files.get(found[1], "")).name, int(found[2])
         elif found := re.match(r"(\.LBB\w+):", line):
-            label = found[1]
+            labels += (found[1],)
         elif found := re.match(r"\s+((?:s|v|ds|buffer|global|flat|scratch)_\w+)(.*)", line):
             jump = re.search(r"\.LBB\w+", found[2]) if found[1].startswith(("s_branch", "s_cbranch")) else None
             falls = found[1] not in ("s_branch", "s_endpgm")
-            instructions.append(Instruction(found[1], source, jump[0] if jump else "", falls, label))
-            label = ""
+            instructions.append(Instruction(found[1], source, jump[0] if jump else "", falls, labels))
+            labels = ()
 
     def metadata(name):
         return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
