@@ -116,6 +116,11 @@ def _parse(argv):
         options.suite = SUITES
     if any(length < 1 for length in options.lengths or ()):
         parser.error(f"--lengths: got {options.lengths}, wanted positive ones")
+    for name in SHAPE:
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: got {getattr(options, name)}, wanted a positive number")
+    if options.seconds < 0:
+        parser.error(f"--seconds: got {options.seconds}, wanted no negative number")
     return options
 
 

@@ -45,9 +45,7 @@ def main(argv=None) -> int:
     for machine in machines(rows):
         own = [row for row in rows if machine_of(row) == machine]
         pictures = draw(own, options.pictures)
-        commits = sorted({(row["torch"], row["triton"], row["commit"]) for row in own})
-        measured = "; ".join(f"torch {torch}, triton {triton}, commit {commit}" for torch, triton, commit in commits)
-        text += [f"### {name_of(machine)}", "", f"Measured with {measured}.", "", *tables(own)]
+        text += [f"### {name_of(machine)}", "", versions(own), "", *tables(own)]
         for path in pictures:
             path = path.resolve()
             text += [
@@ -77,6 +75,19 @@ def origins(rows):
             on[name_of(machine)] = on.get(name_of(machine), 0) + 1
     cpus, gpus = ("; ".join(f"{n} on {name}" for name, n in counts[cpu].items()) or "none" for cpu in (True, False))
     return f"Rows run on a CPU: {cpus}. Rows run on a GPU: {gpus}. Rows modelled: none."
+
+
+def versions(rows):
+    """What the rows of each suite were measured with."""
+    commits = {}
+    for row in rows:
+        commits.setdefault((row["torch"], row["triton"]), {}).setdefault(row["suite"], set()).add(row["commit"])
+    found = [
+        f"with torch {torch}, triton {triton}, at commits "
+        + ", ".join(f"{' and '.join(sorted(suites[suite]))} ({suite})" for suite in sorted(suites))
+        for (torch, triton), suites in commits.items()
+    ]
+    return f"Measured {'; '.join(found)}."
 
 
 def table(columns, rows):

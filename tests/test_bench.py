@@ -251,6 +251,13 @@ def test_bench_command_refuses_what_is_not_there(tmp_path, capsys):
     assert "no such peer" in said and "SDPA flash" in said and not (tmp_path / "x.csv").exists()
 
 
+@pytest.mark.parametrize("option", ["--lengths", "--heads", "--batch", "--head-dim", "--n-hashes", "--chunk-length", "--seconds"])
+def test_bench_command_refuses_sizes_of_nothing(option, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench.main([*TINY, "--out", str(tmp_path / "x.csv"), option, "-1" if option == "--seconds" else "0"])
+    assert f"{option}: got" in capsys.readouterr().err and not (tmp_path / "x.csv").exists()
+
+
 def test_bench_suites_are_modules_with_cases(capsys):
     assert bench.SUITES[0] == "attention"
     for suite in bench.SUITES:

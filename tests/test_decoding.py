@@ -81,6 +81,14 @@ def test_decoding_equals_the_oracle_in_16_bits(heads):
     torch.testing.assert_close(lse.double(), wanted[1][:, :, -1:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("heads", ["shared", "grouped"])
+def test_decoding_takes_an_empty_batch(heads):
+    tensors = [None if x is None else x[:0] for x in inputs(heads)]
+    cache = BucketCache(*tensors, config=LSHConfig(n_buckets=4), rotations=random_rotations(5, 4, 4), max_length=L + 1)
+    out, lse = cache.step(*part(tensors, slice(-1, None)))
+    assert out.numel() == lse.numel() == 0 and cache.length == L + 1
+
+
 def test_decoding_is_the_same_under_autocast():
     tensors, config = inputs(), LSHConfig(n_hashes=2, n_buckets=4, window=8)
     rotations = random_rotations(5, 4, 2)

@@ -69,7 +69,7 @@ class BucketCache:
         factors = config.factors(max_length)
         functional.check_rotations(rotations, query, Hkv, config.n_hashes, factors)
         _, self.scale = functional.check_numbers(0.0, scale, 1.0 if self.shared else D**-0.5)
-        self.rotations, self.n_heads = rotations, query.shape[1]
+        self.rotations, self.n_heads = rotations.clone(), query.shape[1]
         self.keys = torch.zeros(B, Hkv, max_length, D, dtype=query.dtype, device=device)
         self.values = torch.zeros(B, Hkv, max_length, Dv, dtype=query.dtype, device=device)
         # a ring per bucket of n cells: key number c of a bucket stands at c % n
@@ -103,7 +103,7 @@ class BucketCache:
         buckets = self._append(query if self.shared else key, value)
         if not self.shared:
             buckets = functional.lsh_hash(query, self.rotations, self.config.n_buckets)
-        positions, visible = self._candidates(buckets.view(B, Hkv, -1, self.config.n_hashes))
+        positions, visible = self._candidates(buckets.view(B, Hkv, self.n_heads // Hkv, self.config.n_hashes))
         head = torch.arange(B * Hkv, device=query.device).view(B, Hkv, 1).repeat_interleave(self.n_heads // Hkv, 1)
         rows = positions + self.max_length * head  # [B, H, n]
         dtype = compute_dtype(query.dtype)
@@ -142,7 +142,7 @@ class BucketCache:
         B, Hkv, R, N, _ = self.rings.shape
         own = self.length - 1
         ring = torch.arange(B * Hkv * R, device=buckets.device).view(B, Hkv, 1, R) * N + buckets
-        positions = self.rings.flatten(0, 3)[ring].view(B, self.n_heads, -1).long()
+        positions = self.rings.flatten(0, 3)[ring].flatten(3).flatten(1, 2).long()
         if self.config.local_window:
             near = torch.arange(max(0, own - self.config.local_window), self.length, device=buckets.device)
             positions = torch.cat([positions, near.expand(B, self.n_heads, -1)], -1)
