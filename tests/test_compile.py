@@ -176,9 +176,7 @@ LAUNCHES = {
         4 * 4096,
     ),
     "attention_bwd-bf16-D128-in-place-all": (
-        lambda: attention_bwd(
-            head_dim=128, dtype=torch.bfloat16, causal=False, mask=True, dropout_p=0.1, local_window=8, in_place=True
-        ),
+        lambda: attention_bwd(head_dim=128, dtype=torch.bfloat16, mask=True, dropout_p=0.1, local_window=8, in_place=True),
         4 * 4096,
     ),
     "attention_bwd-bf16-D128-separate-8-rounds-all": (
