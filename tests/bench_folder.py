@@ -4,6 +4,7 @@ import csv
 import importlib.util
 from pathlib import Path
 
+import peers
 import torch
 from cases import FIELDS, Settings
 
@@ -61,3 +62,13 @@ def sample_rows(**fields):
             )
         ),
     ]
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def shape_of(length, **changes):
+    """A tiny call of a peer on the CPU."""
+    shape = peers.Shape(1, 2, length, 16, 2, 16, torch.float32, torch.device("cpu"), False)
+    return shape._replace(**changes)
