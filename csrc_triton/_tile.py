@@ -169,6 +169,14 @@ def load_rows(ptr, rows, stride, row_mask, D: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
+def inverse_norm_of(x, eps):
+    """1 / sqrt(sum(x^2) + eps) of the rows of a float32 tile, 0 for rows of zeros."""
+    square = tl.sum(x * x, 1)
+    zero_mask = square == 0.0
+    return tl.where(zero_mask, 0.0, 1.0 / tl.sqrt_rn(tl.where(zero_mask, 1.0, square + eps)))
+
+
+@triton.jit
 def store_rows(ptr, rows, tile, row_mask, D: tl.constexpr):
     """Store the D columns of a tile to contiguous rows."""
     offs_d = tl.arange(0, tile.shape[1])

@@ -29,54 +29,13 @@ from ._tile import (
     position_mask,
     slot_positions,
 )
+from .attention_bwd_prepare import prepare_bwd
 from .attention_fwd import check_inputs
 from .combine_rounds import RoundGradients, combine_rounds_bwd
 from .dedupe import dedupe_reach, earlier_coords, earlier_intervals, is_first_of_many, is_first_round, negated_coords
 from .intervals import interval_tables, key_interval, query_interval, search_queries, walk_range
 
 _LOG2_E = math.log2(math.e)
-LOG2_E = tl.constexpr(_LOG2_E)
-
-
-@triton.jit(do_not_specialize=["H", "L", "eps"])
-def _attention_bwd_prepare_kernel(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr,  # inputs   [B, H, L, DV] twice, [B, H, L] twice; dlse may be None
-    q_ptr, padding_ptr,                    #          [B, H, L, D] (None: separate keys), [B, L] or None
-    stats_ptr, inverse_norm_ptr,           # outputs  [B, H, L, 2], [B, H, L] if shared
-    dout_strides, q_strides, H, L, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """One program owns BLOCK_M positions of one head. It writes lse in base 2 (inf where there is no target: then P = 0)
-    and delta side by side, since they are gathered together, and the inverse norm of shared keys, 0 for zero and for
-    padded rows."""
-    pid = tl.program_id(0)
-    n_tiles = tl.cdiv(L, BLOCK_M)
-    pid_bh = (pid // n_tiles).to(tl.int64)
-    b, h = pid_bh // H, pid_bh % H
-    offs_m = ((pid % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    row_mask = offs_m < L
-    offs_row = pid_bh * L + offs_m
-
-    dout_ptr += b * dout_strides[0] + h * dout_strides[1]
-    out = load_rows(out_ptr + pid_bh * L * DV, offs_m, DV, row_mask, DV, BLOCK_DV).to(tl.float32)
-    dout = load_rows(dout_ptr, offs_m, dout_strides[2], row_mask, DV, BLOCK_DV).to(tl.float32)
-    delta = tl.sum(out * dout, 1)
-    lse = tl.load(lse_ptr + offs_row, mask=row_mask, other=0.0)
-    no_target_mask = lse == float("-inf")
-    if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + offs_row, mask=row_mask & ~no_target_mask, other=0.0)
-    tl.store(stats_ptr + offs_row * 2, tl.where(no_target_mask, float("inf"), lse * LOG2_E), mask=row_mask)
-    tl.store(stats_ptr + offs_row * 2 + 1, delta, mask=row_mask)
-
-    if q_ptr is not None:
-        used_mask = row_mask
-        if padding_ptr is not None:
-            used_mask &= tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=1) == 0
-        q_ptr += b * q_strides[0] + h * q_strides[1]
-        q = load_rows(q_ptr, offs_m, q_strides[2], used_mask, D, BLOCK_D).to(tl.float32)
-        square = tl.sum(q * q, 1)
-        inverse = tl.where(square == 0.0, 0.0, 1.0 / tl.sqrt_rn(tl.where(square == 0.0, 1.0, square + eps)))
-        tl.store(inverse_norm_ptr + offs_row, inverse, mask=row_mask)
 
 
 @triton.jit
@@ -338,7 +297,7 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     coords, limits = interval_tables(state, mode, n_buckets, L, S)
-    stats, inverse_norm = _prepare(out.contiguous(), dout, lse.contiguous(), dlse, query, padding, o.norm_eps, shared)
+    stats, inverse_norm = prepare_bwd(out.contiguous(), dout, lse.contiguous(), dlse, query, padding, o.norm_eps, shared)
 
     n_parts = 1 if in_place else mode.ROUNDS
     partials = torch.float32 if in_place else query.dtype
@@ -368,21 +327,6 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
     inputs = dout, dlse, query, key, value, padding, seed, inverse_norm
     stretched = state.q_stretched if o.hashed and L == S else None
     return combine_rounds_bwd(gradients[-1], gradients[0], RoundGradients(*inputs, stretched, o.scale, o.dropout_p))
-
-
-def _prepare(out, dout, lse, dlse, query, padding, norm_eps, shared):
-    """(stats [B, H, L, 2], inverse_norm [B, H, L] or None), float32; see the kernel."""
-    B, H, L, Dv = out.shape
-    D = query.shape[3]
-    stats = torch.empty((B, H, L, 2), dtype=torch.float32, device=out.device)
-    inverse_norm = torch.empty((B, H, L), dtype=torch.float32, device=out.device) if shared else None
-    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
-    block_m = 4096 // max(block_d, block_dv)
-    _attention_bwd_prepare_kernel[(B * H * ceil_div(L, block_m),)](
-        out, dout, lse, dlse, query if shared else None, padding, stats, inverse_norm, dout.stride(), query.stride(), H, L,
-        float(D * norm_eps), D=D, BLOCK_D=block_d, DV=Dv, BLOCK_DV=block_dv, BLOCK_M=block_m,
-    )  # fmt: skip
-    return stats, inverse_norm
 
 
 def _launch_config(D, Dv, dtype, mode, part, in_place):

@@ -13,6 +13,7 @@ from ._tile import (
     divisor,
     dropout_args,
     dropout_keep,
+    inverse_norm_of,
     is_within,
     load_rows,
     log2_of,
@@ -164,9 +165,7 @@ def _inverse_norm_kernel(
         used_mask &= tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=1) == 0
     x_ptrs = x_ptr + b * x_strides[0] + h * x_strides[1] + offs_m[:, None] * x_strides[2] + offs_d[None, :]
     x = tl.load(x_ptrs, mask=used_mask[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
-    square = tl.sum(x * x, 1)
-    inverse = tl.where(square == 0.0, 0.0, 1.0 / tl.sqrt_rn(tl.where(square == 0.0, 1.0, square + eps)))
-    tl.store(out_ptr + pid_bh * L + offs_m, inverse, mask=row_mask)
+    tl.store(out_ptr + pid_bh * L + offs_m, inverse_norm_of(x, eps), mask=row_mask)
 
 
 def attention_fwd(query, key, value, key_padding_mask, seed, state, options, inverse_norm=None):

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._tile import ceil_div, next_power_of_2
+from ._tile import ceil_div, inverse_norm_of, next_power_of_2
 from .bucket_sort import MAX_BUCKETS, MAX_LENGTH, TileCounts, clamped_buckets, digit_bins, tile_counts
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -89,13 +89,9 @@ def _hashing_fwd_kernel(
     if HAS_PADDING:
         padded_mask = tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=0) != 0
     if HAS_NORM:
-        wide = x.to(tl.float32)
-        square = tl.sum(wide * wide, 1)
-        # a zero vector has no direction
-        zero_mask = square == 0.0
+        inverse_norm = inverse_norm_of(x.to(tl.float32), D * norm_eps)
         if HAS_PADDING:
-            zero_mask = zero_mask | padded_mask
-        inverse_norm = tl.where(zero_mask, 0.0, 1.0 / tl.sqrt(tl.where(zero_mask, 1.0, square + D * norm_eps)))
+            inverse_norm = tl.where(padded_mask, 0.0, inverse_norm)
         tl.store(inverse_norm_ptr + pid_bh * L + offs_m, inverse_norm, mask=row_mask)
 
     if rotations_ptr is not None:
