@@ -28,7 +28,7 @@ from .torch_walk import (
     add_rows,
     bucket_stretch,
     compute_dtype,
-    hashed_round,
+    hashed_rounds,
     identity_round,
     invert,
     walks_of,
@@ -153,20 +153,17 @@ def sorted_rounds(
 
 def head_walks(state: SortedRounds, b: int, heads: slice, kv_ids: Tensor, options: AttentionOptions) -> list[Walk]:
     """The walks of some heads of batch element b, whose keys are those of the heads `kv_ids`."""
-    stretched = state.q_stretched[b, heads]
-    n, R, L = stretched.shape
+    q_order, q_stretched = state.q_order[b, heads], state.q_stretched[b, heads]
+    n, _, L = q_order.shape
     if not options.hashed:
-        return walks_of([identity_round(n, L, False, options, stretched.device)], options)
+        return walks_of([identity_round(n, L, False, options, q_order.device)], options)
     shared = state.k_order is None
-    stretched = torch.where(stretched < 0, ~stretched, stretched)
-    rounds = []
-    for r in range(R):
-        q_order = state.q_order[b, heads, r]
-        k_pair = (q_order, stretched[:, r]) if shared else (state.k_order[b, kv_ids, r], state.k_stretched[b, kv_ids, r])
-        rounds.append(hashed_round(q_order, stretched[:, r], *k_pair, shared, options))
+    q_stretched = torch.where(q_stretched < 0, ~q_stretched, q_stretched)
+    keys = (q_order, q_stretched) if shared else (state.k_order[b, kv_ids], state.k_stretched[b, kv_ids])
+    rounds = hashed_rounds(q_order, q_stretched, *keys, shared, options)
     if options.local_window:
         local = options._replace(span="window", window=options.local_window)
-        rounds.append(identity_round(n, L, shared, local, stretched.device))
+        rounds.append(identity_round(n, L, shared, local, q_order.device))
     return walks_of(rounds, options)
 
 
@@ -287,7 +284,8 @@ class _Logits:
         self.exclusions = Exclusions(entries, self.tensors.shared, heads.padding, self.tensors.options)
         self.k_pos = walk.k_pos
         key_rows, ids = (rows["query"], heads.q_ids) if self.tensors.shared else (rows["key"], heads.kv_ids)
-        self.q_index = self.query_index("query")
+        # shared keys on a fixed grid are gathered together with the queries
+        self.q_index = None if self.tensors.shared and entries.static else self.query_index("query")
         self.k_index = entries.k_side(key_rows.index(heads.b, ids, walk.k_pos))
         self.v_index = entries.k_side(rows["value"].index(heads.b, heads.kv_ids, walk.k_pos))
         if self.tensors.shared:
@@ -320,7 +318,7 @@ class _Logits:
             padded = self.padding[block.keys].unsqueeze(-1)
             x.masked_fill_(padded, 0)
             v.masked_fill_(padded, 0)
-        if self.tensors.shared and self.entries.static:
+        if self.q_index is None:
             q = block.own_rows(x)
         else:
             q = block.query_rows("q", self.rows["query"], self.q_index, self.dtype)

@@ -4,8 +4,9 @@ Heads are laid end to end on one slot axis, cut into tiles of queries; a tile me
 spans with aligned orders) or several, one after the other (`bucket` span and separate keys, where the intervals depend on the
 data).
 
-Masks are integers, not booleans: an entry >= 1 excludes its pair. `|2j - (lo + hi - 1)| - (hi - lo - 1)` is such a number
-for "j outside [lo, hi)", and integer arithmetic runs several times faster on a CPU than comparisons and masked fills.
+Masks are integers, 1 where a pair is excluded: on a CPU, comparisons of 16-bit integers run ten times faster when they write
+16-bit integers than when they write booleans. Whether lo <= j < hi is one comparison: of j - lo with hi - lo, both modulo the
+range of the integers and less half of it, so that signed numbers are ordered as unsigned ones (`halfway`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Rows:
 
     def index(self, b: int, heads: Tensor, positions: Tensor) -> Tensor:
         """Row numbers [n, L] of positions [n, L] in the n heads of batch element b."""
-        return self.base[b, heads, None] + positions * self.step
+        return torch.add(self.base[b, heads, None], positions, alpha=self.step)
 
     def take(self, index: Tensor, out: Tensor) -> Tensor:
         """Gather rows into `out` [.., D], in out's dtype."""
@@ -102,28 +103,34 @@ class Round:
     meets_padding: bool  # intervals may hold padded keys
 
 
-def hashed_round(
+def hashed_rounds(
     q_order: Tensor, q_stretched: Tensor, k_order: Tensor, k_stretched: Tensor, shared: bool, options: AttentionOptions
-) -> Round:
-    """The orders [n, L] and stretched slots of a hash round decoded, and its intervals worked out."""
+) -> list[Round]:
+    """The orders [n, R, L] and stretched slots of the hash rounds decoded, and their intervals worked out."""
     o = options
-    (n, L), S, device = q_order.shape, k_order.shape[-1], q_order.device
+    (n, R, L), S, device = q_order.shape, k_order.shape[-1], q_order.device
     n_buckets, stretch = math.prod(o.factors), bucket_stretch(o, S)
-    q_slot, k_slot = invert(q_order), invert(k_order)
+    q_slot = invert(q_order)
+    k_slot = q_slot if shared else invert(k_order)
+    q_stretched, k_stretched = (x.to(torch.int32) for x in (q_stretched, k_stretched))
     q_order, k_order = q_order.to(torch.int64), k_order.to(torch.int64)
-    slot = torch.arange(L, device=device).expand(n, L)
+    slot = torch.arange(L, dtype=torch.int32, device=device)
 
-    q_bucket = (q_stretched.gather(1, q_order) - slot) // stretch  # [n, L] of the query in each slot
-    k_bucket = q_bucket if shared else (k_stretched.gather(1, k_order) - torch.arange(S, device=device)) // stretch
-    ids = torch.arange(n_buckets + 2, device=device).expand(n, -1).contiguous()
-    starts = torch.searchsorted(k_bucket.contiguous(), ids)  # [n, N + 2]
-    first, last = starts.gather(1, q_bucket), starts.gather(1, q_bucket + 1)
+    q_bucket = (q_stretched.gather(-1, q_order) - slot) // stretch  # [n, R, L] of the query in each slot
+    k_bucket = q_bucket
+    if not shared:
+        k_bucket = (k_stretched.gather(-1, k_order) - torch.arange(S, dtype=torch.int32, device=device)) // stretch
+    # without separate keys the bucket of padding holds no target: it ends where it starts
+    ids = torch.arange(n_buckets + 2, dtype=torch.int32, device=device).clamp_(max=n_buckets + (not shared))
+    starts = torch.searchsorted(k_bucket, ids.expand(n, R, -1).contiguous(), out_int32=True)  # [n, R, N + 2]
+    q_bucket = q_bucket.to(torch.int64)
+    first, last = starts.gather(-1, q_bucket), starts.gather(-1, q_bucket + 1)
     if shared:
-        end = slot + 1
+        end = (slot + 1).expand(n, R, L)
     else:
         # key j of i's bucket counts if j * L <= i * S; the codes (bucket, position) ascend along the key order
         code = q_bucket * S + q_order * S // L
-        end = torch.searchsorted(k_bucket * S + k_order, code, right=True)
+        end = torch.searchsorted(k_bucket.to(torch.int64) * S + k_order, code, right=True, out_int32=True)
 
     lo, hi = _span_interval(o, slot, end, first, last)
     if o.within_bucket:
@@ -131,33 +138,25 @@ def hashed_round(
         if o.is_causal:
             # positions ascend within a bucket: "up to i" is an end of the slot interval, and strict, it drops self
             hi = torch.minimum(hi, end - 1 if shared else end)
-        if shared:
-            # the bucket of padding holds no target
-            hi = torch.where(q_bucket == n_buckets, lo, hi)
+    lo, hi = (x.expand(n, R, L).clamp(0, S) for x in (lo, hi))
+    hi = torch.maximum(hi, lo)
     reach = _reach(o, n, L, shared and o.within_bucket) if shared or o.span == "chunk" else None
-    lo = lo.clamp(0, S)
-    return Round(
-        q_order,
-        q_slot,
-        k_order,
-        k_slot,
-        lo,
-        torch.maximum(hi.clamp(0, S), lo),
-        reach,
-        o.within_bucket,
-        not o.within_bucket,
-    )
+    return [
+        Round(*(x[:, r] for x in (q_order, q_slot, k_order, k_slot, lo, hi)), reach, o.within_bucket, not o.within_bucket)
+        for r in range(R)
+    ]
 
 
 def identity_round(n: int, L: int, shared: bool, options: AttentionOptions, device: torch.device) -> Round:
     """A round in identity order with a single bucket: local attention, or the round of near tokens."""
-    slot = torch.arange(L, device=device).expand(n, L)
+    order = torch.arange(L, device=device).expand(n, L)
+    slot = order.to(torch.int32)
     lo, hi = _span_interval(options, slot, slot + 1, torch.zeros_like(slot), torch.full_like(slot, L))
     if options.is_causal:
         hi = torch.minimum(hi, slot if shared else slot + 1)
     lo = lo.clamp(0, L)
     reach = _reach(options, n, L, True)
-    return Round(slot, slot, slot, slot, lo, torch.maximum(hi.clamp(0, L), lo), reach, True, True)
+    return Round(order, order, order, order, lo, torch.maximum(hi.clamp(0, L), lo), reach, True, True)
 
 
 def _span_interval(o: AttentionOptions, slot: Tensor, end: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,8 +206,8 @@ class Walk:
     meets_padding: bool
     q_places: list[Tensor]  # per round [n, L]: position -> slot on the axis of all n heads
     k_places: list[Tensor]  # per round [n, S]
-    earlier: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """Dedupe, per earlier round: of keys 2 * slot [n, slots]; of queries lo + hi - 1 and hi - lo [n, slots]."""
+    earlier: tuple[Tensor, Tensor, Tensor] | None = None
+    """Dedupe: in each of the r earlier rounds the slots of the keys [r, n, slots], and lo and hi of the queries."""
     repeats: list[tuple[slice, Tensor]] = field(default_factory=list)
     """Slots that repeat others (both ends of a cyclic axis), per head, and the slots that they repeat."""
 
@@ -217,13 +216,15 @@ def walks_of(rounds: list[Round], options: AttentionOptions) -> list[Walk]:
     """One walk per round; with wrap one for all hash rounds, as a cyclic sequence."""
     n_cyclic = len(rounds) - (options.local_window > 0) if options.wrap else 0
     walks = [_cyclic_walk(rounds[:n_cyclic], options)] if n_cyclic else []
+    if options.dedupe and len(rounds) > 1:
+        # by position, what the queries and keys of each round are asked for in later ones
+        k_slot = torch.stack([r.k_slot for r in rounds]).to(torch.int32)
+        lo, hi = (torch.stack([x.gather(1, r.q_slot) for x, r in zip(xs, rounds)]) for xs in zip(*((r.lo, r.hi) for r in rounds)))
     for r in range(n_cyclic, len(rounds)):
-        this = rounds[r]
-        earlier = []
-        for other in rounds[:r] if options.dedupe else []:
-            there = other.q_slot.gather(1, this.q_order)
-            lo, hi = other.lo.gather(1, there), other.hi.gather(1, there)
-            earlier.append((2 * other.k_slot.gather(1, this.k_order), lo + hi - 1, hi - lo))
+        this, earlier = rounds[r], None
+        if options.dedupe and r:
+            q_order, k_order = (order.expand(r, *order.shape) for order in (this.q_order, this.k_order))
+            earlier = k_slot[:r].gather(2, k_order), lo[:r].gather(2, q_order), hi[:r].gather(2, q_order)
         q_base, k_base = _axis_starts(this.q_order), _axis_starts(this.k_order)
         walks.append(
             Walk(
@@ -286,32 +287,44 @@ class Entries:
         self.width = self.tile + self.left + self.right if self.static else _DYNAMIC_WINDOW
         # without keys ahead, a tile is the first to reach the key slots of its own queries
         self.writes_own_keys_first = self.static and self.right == 0
-        # masks are worked out in the narrowest integers that hold doubled slots and positions
+        # masks are worked out in integers with a value for every slot and position, read as unsigned ones
         largest = max(self.width, walk.q_pos.shape[1], walk.k_pos.shape[1])
-        self.int_dtype = torch.int16 if 2 * largest < 2**15 else torch.int32
+        self.int_dtype = torch.int16 if largest < 2**16 else torch.int32
         self.lo, self.hi = self.q_side(walk.lo), self.q_side(walk.hi)
         if self.static:
             self.starts = torch.arange(self.n_tiles, device=self.device) * self.tile - self.left
             self.relative = self.relative_interval(slice(None), self.starts)
 
     def relative_interval(self, tiles: slice | Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """The intervals [lo, hi) of tiles within windows from `starts` on, as lo + hi - 1 and hi - lo - 1, each [G, M, 1]."""
-        lo, hi = ((x[tiles] - starts[:, None]).clamp_(0, self.width).to(self.int_dtype).unsqueeze(-1) for x in (self.lo, self.hi))
-        return lo + hi - 1, hi - lo - 1
+        """The intervals [lo, hi) of tiles within windows from `starts` on: halfway(lo), halfway(hi - lo), each [G, M, 1]."""
+        lo, hi = ((x[tiles] - starts[:, None]).clamp_(0, self.width).unsqueeze(-1) for x in (self.lo, self.hi))
+        return self.halfway(lo), self.halfway(hi - lo)
 
-    def q_side(self, x: Tensor, dtype: torch.dtype | None = None, repeat_last: bool = False) -> Tensor:
-        """Per query slot [n, slots] -> per tile [n_tiles, tile]; the last tile is filled up with 0 or the last entry."""
-        x = x.flatten().to(dtype or x.dtype)
-        fill = x[-1:].expand(self.tail) if repeat_last else x.new_zeros(self.tail)
-        return torch.cat((x, fill)).view(self.n_tiles, self.tile)
+    def halfway(self, x: Tensor) -> Tensor:
+        """x, unsigned, less half the range of the mask's integers: signed integers in the same order."""
+        return (x + torch.iinfo(self.int_dtype).min).to(self.int_dtype)
 
-    def k_side(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Per key slot, with room on both sides for the first and the last window; there the entry at the end is repeated."""
-        x = x.flatten().to(dtype or x.dtype)
-        return torch.cat((x[:1].expand(self.left), x, x[-1:].expand(self.right + self.tail))) if self.static else x
+    def q_side(self, x: Tensor, repeat_last: bool = False) -> Tensor:
+        """Per query slot [.., n, slots] -> per tile [.., n_tiles, tile]; the last tile is filled up with 0 or the last entry."""
+        x = x.flatten(-2)
+        if self.tail:
+            fill = x[..., -1:].expand(*x.shape[:-1], self.tail)
+            x = torch.cat((x, fill if repeat_last else torch.zeros_like(fill)), -1)
+        return x.view(*x.shape[:-1], self.n_tiles, self.tile)
+
+    def k_side(self, x: Tensor) -> Tensor:
+        """Per key slot [.., n, slots] -> [.., axis], with room on both sides for the first and the last window; there the entry
+        at the end is repeated."""
+        x = x.flatten(-2)
+        if not self.static:
+            return x
+        before, after = x[..., :1], x[..., -1:]
+        rows = x.shape[:-1]
+        return torch.cat((before.expand(*rows, self.left), x, after.expand(*rows, self.right + self.tail)), -1)
 
     def blocks(self) -> Iterator[Block]:
-        size = max(1, _BLOCK_PAIRS // (self.tile * self.width))
+        n_blocks = max(1, round(self.n_tiles * self.tile * self.width / _BLOCK_PAIRS))
+        size = -(-self.n_tiles // n_blocks)
         if self.static:
             for first in range(0, self.n_tiles, size):
                 tiles = slice(first, min(first + size, self.n_tiles))
@@ -394,50 +407,49 @@ def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
 
 
 class Exclusions:
-    """Integer masks of a walk: an entry >= 1 excludes its pair."""
+    """Integer masks of a walk: 1 excludes a pair."""
 
     def __init__(self, entries: Entries, shared: bool, padding: Tensor | None, options: AttentionOptions):
         self.entries = entries
         walk, dtype = entries.walk, entries.int_dtype
-        self.columns = 2 * torch.arange(entries.width, device=entries.device).to(dtype)
-        self.earlier = [
-            (entries.k_side(slots, dtype), entries.q_side(center, dtype), entries.q_side(width, dtype))
-            for slots, center, width in walk.earlier
-        ]
+        self.columns = torch.arange(entries.width, device=entries.device).to(dtype)
+        self.earlier = []
+        if walk.earlier is not None:
+            k_slot, lo, hi = walk.earlier
+            q_sides = entries.q_side(entries.halfway(lo)), entries.q_side(entries.halfway(hi - lo))
+            self.earlier = list(zip(entries.k_side(k_slot.to(dtype)), *q_sides))
         # self: on a fixed grid without repeats it stands on the diagonal; strict intervals have dropped it already
         strict = options.is_causal and walk.by_slot
         self.self_on_diagonal = shared and not strict and entries.static and not walk.repeats
-        compare_self = shared and not strict and not self.self_on_diagonal
-        self.compare = "not after" if options.is_causal and not walk.by_slot else "not self" if compare_self else None
-        if self.compare == "not after" and shared:
-            self.compare = "before"
-        if self.compare:
-            self.q_pos, self.k_pos = entries.q_side(walk.q_pos, dtype), entries.k_side(walk.k_pos, dtype)
+        self.excluded_position = None
+        if options.is_causal and not walk.by_slot:
+            self.excluded_position = torch.ge if shared else torch.gt
+        elif shared and not strict and not self.self_on_diagonal:
+            self.excluded_position = torch.eq
+        if self.excluded_position:
+            self.q_pos = entries.q_side(entries.halfway(walk.q_pos))
+            self.k_pos = entries.k_side(entries.halfway(walk.k_pos))
         self.padding = None
         if padding is not None and walk.meets_padding:
-            self.padding = entries.k_side(padding[walk.k_pos], dtype)
+            self.padding = entries.k_side(padding[walk.k_pos].to(dtype))
 
     def of(self, block: Block) -> Tensor:
         """[G, M, N], 1 where the pair is excluded, else 0."""
         entries, tiles = self.entries, block.tiles
         bad, test = (block.buffer(name, *block.shape, dtype=entries.int_dtype) for name in ("bad", "test"))
         if entries.static:
-            center, width = (x[tiles] for x in entries.relative)
+            lo, width = (x[tiles] for x in entries.relative)
         else:
-            center, width = entries.relative_interval(tiles, block.starts)
-        torch.sub(self.columns, center, out=bad).abs_().sub_(width)
+            lo, width = entries.relative_interval(tiles, block.starts)
+        torch.sub(self.columns, lo, out=bad).ge_(width)
         if self.self_on_diagonal:
             bad.diagonal(entries.left, 1, 2).fill_(1)
-        for slots, center, width in self.earlier:
-            torch.sub(block.window(slots).unsqueeze(1), center[tiles].unsqueeze(-1), out=test).abs_()
-            torch.maximum(bad, torch.sub(width[tiles].unsqueeze(-1), test, out=test), out=bad)
-        if self.compare:
-            q_pos, k_pos = self.q_pos[tiles].unsqueeze(-1), block.window(self.k_pos).unsqueeze(1)
-            if self.compare == "not self":
-                torch.sub(k_pos, q_pos, out=test).abs_().neg_().add_(1)
-            else:
-                torch.sub(k_pos, q_pos - 1 if self.compare == "before" else q_pos, out=test)
+        for k_slot, lo, width in self.earlier:
+            torch.sub(block.window(k_slot).unsqueeze(1), lo[tiles].unsqueeze(-1), out=test).lt_(width[tiles].unsqueeze(-1))
+            torch.maximum(bad, test, out=bad)
+        if self.excluded_position:
+            self.excluded_position(block.window(self.k_pos).unsqueeze(1), self.q_pos[tiles].unsqueeze(-1), out=test)
             torch.maximum(bad, test, out=bad)
         if self.padding is not None:
             torch.maximum(bad, block.window(self.padding).unsqueeze(1), out=bad)
-        return bad.clamp_(0, 1)
+        return bad
