@@ -57,32 +57,44 @@ def lsh_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
     rot = rotations.to(dtype).permute(0, 2, 3, 1).reshape(n_rot_heads, R * width, D)
     buckets = torch.empty(B * H, R, L, dtype=torch.int32, device=x.device)
     heads = max(1, _HASH_BLOCK // L)
+    buffers = Buffers(x.device)
     for first in range(0, B * H, heads):
         block = torch.arange(first, min(first + heads, B * H), device=x.device)
-        rot_block = rot if n_rot_heads == 1 else rot[block % H // (H // n_rot_heads)]
+        n = len(block)
+        rows = x[first // H, first % H][None] if n == 1 else x[block // H, block % H]
+        rot_block = rot.expand(n, -1, -1) if n_rot_heads == 1 else rot[block % H // (H // n_rot_heads)]
+        # per factor whether the largest of [y ; -y] is in y, and half the factor less the number of its first column
+        positive = buffers("positive", (len(factors), n, R, L), torch.bool)
+        countdown = buffers("countdown", (len(factors), n, R, L), dtype)
         for start in range(0, L, _HASH_BLOCK):
-            rows = x[block // H, block % H, start : start + _HASH_BLOCK] if B * H > 1 else x[0, :, start : start + _HASH_BLOCK]
-            y = torch.matmul(rot_block, rows.to(dtype).transpose(1, 2)).view(len(block), R, width, -1)
-            buckets[first : first + len(block), :, start : start + _HASH_BLOCK] = _argmax_of_signed(y, factors)
+            part = slice(start, start + _HASH_BLOCK)
+            columns = rows[:, part].to(dtype).transpose(1, 2)
+            y = torch.bmm(rot_block, columns, out=buffers("y", (n, R * width, columns.shape[2]), dtype))
+            _argmax_of_signed(y.view(n, R, width, -1), factors, positive[..., part], countdown[..., part])
+        bucket, stride = torch.zeros((), dtype=torch.int32, device=x.device), 1
+        for i, factor in enumerate(factors):
+            index = factor - countdown[i].to(torch.int32) - factor // 2 * positive[i]
+            bucket = bucket + stride * index
+            stride *= factor
+        buckets[first : first + n] = bucket
     return buckets.view(B, H, R, L)
 
 
-def _argmax_of_signed(y: Tensor, factors: tuple[int, ...]) -> Tensor:
-    """y [.., W_rot, rows] -> bucket ids [.., rows]: per factor the first argmax of [y ; -y], then the mixed-radix number."""
-    bucket, stride, column = None, 1, 0
-    for n in factors:
+def _argmax_of_signed(y: Tensor, factors: tuple[int, ...], positive: Tensor, countdown: Tensor) -> None:
+    """Per factor, of its columns of y [.., W_rot, rows]: whether the first argmax of [y ; -y] is in y, and half the factor less
+    the argmax's column, into [factors, .., rows]."""
+    column = 0
+    for i, n in enumerate(factors):
         half = n // 2
         part = y[..., column : column + half, :]
         high, low = part.amax(-2), part.amin(-2)
-        positive = high >= -low
-        hit = part == torch.where(positive, high, low).unsqueeze(-2)
-        countdown = torch.arange(half, 0, -1, dtype=torch.uint8 if half < 256 else torch.int16, device=y.device)
-        first = half - (hit * countdown[:, None]).amax(-2).to(torch.int32)
+        torch.ge(high, -low, out=positive[i])
+        # in place, and as numbers: comparisons that write booleans take longer
+        part.eq_(torch.where(positive[i], high, low).unsqueeze(-2))
+        part.mul_(torch.arange(half, 0, -1, dtype=y.dtype, device=y.device)[:, None])
         # a row of NaN equals nothing: keep it in range
-        index = (first + half * ~positive).clamp_(max=n - 1)
-        bucket = index if bucket is None else bucket + stride * index
-        stride, column = stride * n, column + half
-    return bucket
+        torch.amax(part, -2, out=countdown[i]).clamp_(min=1)
+        column += half
 
 
 def bucket_sort(buckets: Tensor, n_buckets: int, key_padding_mask: Tensor | None = None) -> Tensor:
