@@ -67,14 +67,19 @@ class Buffers:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.flat: dict[str, Tensor] = {}
+        self.views: dict[str, dict[tuple, Tensor]] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = math.prod(shape)
-        flat = self.flat.get(name)
-        if flat is None or flat.numel() < size or flat.dtype != dtype:
-            flat = self.flat[name] = torch.empty(size, dtype=dtype, device=self.device)
-        return flat[:size].view(shape)
+        views = self.views.setdefault(name, {})
+        if (shape, dtype) not in views:
+            # the first of a name's views is its whole allocation
+            flat = next(iter(views.values())).flatten() if views else torch.empty(0, dtype=dtype, device=self.device)
+            size = math.prod(shape)
+            if flat.numel() < size or flat.dtype != dtype:
+                views.clear()
+                flat = torch.empty(size, dtype=dtype, device=self.device)
+            views[shape, dtype] = flat[:size].view(shape)
+        return views[shape, dtype]
 
 
 def bucket_stretch(options: AttentionOptions, k_len: int) -> int:
