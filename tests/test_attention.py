@@ -57,6 +57,29 @@ def assert_agree(inputs, got, truth, tolerance=1e-10):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("number", [2**31 - 1, 10**12])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [{"window": None}, {"local_window": None}]
+    + [{"span": "chunk", name: None} for name in ("chunk_length", "chunks_before", "chunks_after")]
+    + [{"span": "chunk", "within_bucket": False, "dedupe": False, "wrap": True, "chunks_before": None}],
+    ids=str,
+)
+def test_numbers_beyond_the_length_are_as_good_as_the_length(fields, shared, number):
+    L = 50
+    query, key, value, buckets = make(1, 2, L, D), make(1, 2, L, D), make(1, 2, L, Dv), torch.randint(0, 4, (1, 2, 2, L))
+
+    def attend(n):
+        given = {name: n if value is None else value for name, value in fields.items()}
+        config = LSHConfig(**{"n_hashes": 2, "n_buckets": 4, "chunk_length": 8, **given})
+        given = (None, value, buckets) if shared else (key, value, (buckets, buckets))
+        return lsh_attention(query, *given[:2], config=config, buckets=given[2], return_lse=True)
+
+    for got, wanted in zip(attend(number), attend(2 * L)):
+        torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("L, span, local, shared, causal, padded", CASES)
 def test_attention_agrees_with_the_oracle(L, span, local, shared, causal, padded):
     config = LSHConfig(n_hashes=R, n_buckets=4, local_window=local, **SPANS[span])

@@ -63,7 +63,6 @@ def lsh_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
         n = len(block)
         rows = x[first // H, first % H][None] if n == 1 else x[block // H, block % H]
         rot_block = rot.expand(n, -1, -1) if n_rot_heads == 1 else rot[block % H // (H // n_rot_heads)]
-        # per factor whether the largest of [y ; -y] is in y, and half the factor less the number of its first column
         positive = buffers("positive", (len(factors), n, R, L), torch.bool)
         countdown = buffers("countdown", (len(factors), n, R, L), dtype)
         for start in range(0, L, _HASH_BLOCK):
@@ -81,18 +80,18 @@ def lsh_hash(x: Tensor, rotations: Tensor, factors: tuple[int, ...]) -> Tensor:
 
 
 def _argmax_of_signed(y: Tensor, factors: tuple[int, ...], positive: Tensor, countdown: Tensor) -> None:
-    """Per factor, of its columns of y [.., W_rot, rows]: whether the first argmax of [y ; -y] is in y, and half the factor less
-    the argmax's column, into [factors, .., rows]."""
+    """The first argmax of [y ; -y] per factor, of its columns of y [.., W_rot, rows], as two numbers, each [factors, .., rows]:
+    whether it is in y, and how many columns of its half are left from it on. Overwrites y."""
     column = 0
     for i, n in enumerate(factors):
         half = n // 2
         part = y[..., column : column + half, :]
         high, low = part.amax(-2), part.amin(-2)
         torch.ge(high, -low, out=positive[i])
-        # in place, and as numbers: comparisons that write booleans take longer
+        # in place, and as numbers: see the masks of torch_walk
         part.eq_(torch.where(positive[i], high, low).unsqueeze(-2))
         part.mul_(torch.arange(half, 0, -1, dtype=y.dtype, device=y.device)[:, None])
-        # a row of NaN equals nothing: keep it in range
+        # a row of NaN equals nothing: it gets the last column
         torch.amax(part, -2, out=countdown[i]).clamp_(min=1)
         column += half
 

@@ -24,7 +24,7 @@ from .config import AttentionOptions
 _TILE = 64
 # narrow windows waste fewer pairs in narrow tiles: (tile + W) keys are met for W wanted
 _NARROW_TILE, _NARROW_WINDOW = 32, 128
-# (query, key) pairs of a block: logits and probabilities of one block stay in a core's L2 cache
+# (query, key) pairs of a block, about: more leave the caches, fewer are slower by what every operation costs to start
 _BLOCK_PAIRS = 2**19
 # keys per step where the key range of a tile depends on the data
 _DYNAMIC_WINDOW = 128
@@ -112,12 +112,11 @@ def hashed_rounds(
     q_order: Tensor, q_stretched: Tensor, k_order: Tensor, k_stretched: Tensor, shared: bool, options: AttentionOptions
 ) -> list[Round]:
     """The orders [n, R, L] and stretched slots of the hash rounds decoded, and their intervals worked out."""
-    o = options
     (n, R, L), S, device = q_order.shape, k_order.shape[-1], q_order.device
+    o = _bounded(options, max(L, S))
     n_buckets, stretch = math.prod(o.factors), bucket_stretch(o, S)
     q_slot = invert(q_order)
     k_slot = q_slot if shared else invert(k_order)
-    q_stretched, k_stretched = (x.to(torch.int32) for x in (q_stretched, k_stretched))
     q_order, k_order = q_order.to(torch.int64), k_order.to(torch.int64)
     slot = torch.arange(L, dtype=torch.int32, device=device)
 
@@ -154,13 +153,14 @@ def hashed_rounds(
 
 def identity_round(n: int, L: int, shared: bool, options: AttentionOptions, device: torch.device) -> Round:
     """A round in identity order with a single bucket: local attention, or the round of near tokens."""
+    o = _bounded(options, L)
     order = torch.arange(L, device=device).expand(n, L)
     slot = order.to(torch.int32)
-    lo, hi = _span_interval(options, slot, slot + 1, torch.zeros_like(slot), torch.full_like(slot, L))
-    if options.is_causal:
+    lo, hi = _span_interval(o, slot, slot + 1, torch.zeros_like(slot), torch.full_like(slot, L))
+    if o.is_causal:
         hi = torch.minimum(hi, slot if shared else slot + 1)
     lo = lo.clamp(0, L)
-    reach = _reach(options, n, L, True)
+    reach = _reach(o, n, L, True)
     return Round(order, order, order, order, lo, torch.maximum(hi.clamp(0, L), lo), reach, True, True)
 
 
@@ -172,6 +172,18 @@ def _span_interval(o: AttentionOptions, slot: Tensor, end: Tensor, first: Tensor
         chunk = slot // o.chunk_length
         return (chunk - o.chunks_before) * o.chunk_length, (chunk + 1 + o.chunks_after) * o.chunk_length
     return first, last
+
+
+def _bounded(o: AttentionOptions, length: int) -> AttentionOptions:
+    """The same intervals in `length` slots, from numbers that 32 bits hold."""
+    chunk_length = min(o.chunk_length, length)
+    n_chunks = -(-length // chunk_length)
+    return o._replace(
+        window=min(o.window, length),
+        chunk_length=chunk_length,
+        chunks_before=min(o.chunks_before, n_chunks),
+        chunks_after=min(o.chunks_after, n_chunks),
+    )
 
 
 class Reach(NamedTuple):
@@ -224,16 +236,18 @@ def walks_of(rounds: list[Round], options: AttentionOptions) -> list[Walk]:
     if options.dedupe and len(rounds) > 1:
         # by position, what the queries and keys of each round are asked for in later ones
         k_slot = torch.stack([r.k_slot for r in rounds]).to(torch.int32)
-        lo, hi = (torch.stack([x.gather(1, r.q_slot) for x, r in zip(xs, rounds)]) for xs in zip(*((r.lo, r.hi) for r in rounds)))
+        lo = torch.stack([r.lo.gather(1, r.q_slot) for r in rounds])
+        hi = torch.stack([r.hi.gather(1, r.q_slot) for r in rounds])
     for r in range(n_cyclic, len(rounds)):
         this, earlier = rounds[r], None
         if options.dedupe and r:
             q_order, k_order = (order.expand(r, *order.shape) for order in (this.q_order, this.k_order))
             earlier = k_slot[:r].gather(2, k_order), lo[:r].gather(2, q_order), hi[:r].gather(2, q_order)
         q_base, k_base = _axis_starts(this.q_order), _axis_starts(this.k_order)
+        lo_here, hi_here = (x + k_base.to(x.dtype) for x in (this.lo, this.hi))
         walks.append(
             Walk(
-                this.q_order, this.k_order, this.lo + k_base, this.hi + k_base, this.reach, this.by_slot, this.meets_padding,
+                this.q_order, this.k_order, lo_here, hi_here, this.reach, this.by_slot, this.meets_padding,
                 [this.q_slot + q_base], [this.k_slot + k_base], earlier,
             )
         )  # fmt: skip
@@ -292,7 +306,7 @@ class Entries:
         self.width = self.tile + self.left + self.right if self.static else _DYNAMIC_WINDOW
         # without keys ahead, a tile is the first to reach the key slots of its own queries
         self.writes_own_keys_first = self.static and self.right == 0
-        # masks are worked out in integers with a value for every slot and position, read as unsigned ones
+        # masks are worked out in integers that hold every position and every end of an interval, read as unsigned ones
         largest = max(self.width, walk.q_pos.shape[1], walk.k_pos.shape[1])
         self.int_dtype = torch.int16 if largest < 2**16 else torch.int32
         self.lo, self.hi = self.q_side(walk.lo), self.q_side(walk.hi)
