@@ -85,7 +85,8 @@ class Code(NamedTuple):
         return self.counts[0]["tensor"] // inside if inside else 0
 
     def total(self, what: str, trips: tuple = (1,)) -> float:
-        """Of `what` per program, where loops make trips[0] trips, loops in them trips[1], ..; the last holds for all deeper."""
+        """Of `what` per program, where loops make trips[0] trips, loops in them trips[1], ..; the last holds for all deeper.
+        A loop that the compiler has unrolled counts too much: its code is taken for that of one trip."""
         trips = [trips[min(depth, len(trips) - 1)] - (self.peeled if depth == 0 else 0) for depth in range(max(self.counts))]
         return sum(math.prod(trips[:depth]) * counts[what] for depth, counts in self.counts.items())
 
@@ -146,11 +147,12 @@ def _read_cubin(kernel) -> Code:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = _run(knobs.nvidia.nvdisasm.path, "-g", "-c", file.name)
+        sass = _run(knobs.nvidia.nvdisasm.path, "-gp", "-c", file.name)
+    sources = _ptx_sources(kernel.asm["ptx"])
     instructions, source, labels = [], None, ()
     for line in sass.splitlines():
-        if found := re.match(r'\s*//## File "(.*)", line (\d+)', line):
-            source = Path(found[1]).name, int(found[2])
+        if found := re.match(r'\s*//## File ".nv_debug_ptx_txt", line (\d+)', line):
+            source = sources[int(found[1])]
         elif found := re.match(r"(\.L_\w+):", line):
             labels += (found[1],)
         elif (found := _SASS.match(line)) and found[2] != "NOP":
@@ -168,6 +170,19 @@ def _read_cubin(kernel) -> Code:
         registers, stack, opcodes["STL"], opcodes["LDL"], kernel.metadata.shared, kernel.metadata.num_warps,
         _fma_dots(kernel), _count(kernel, instructions, _classify_sass),
     )  # fmt: skip
+
+
+def _ptx_sources(ptx: str) -> dict:
+    """(file, line) by line of PTX, from 1."""
+    files = dict(re.findall(r'^\s*\.file\s+(\d+) "([^"\n]+)"', ptx, re.MULTILINE))
+    sources, source, inline = {}, None, False
+    for number, line in enumerate(ptx.splitlines(), 1):
+        # inside inline assembly LLVM may raise the source line with each line of assembly
+        inline = line.strip() == "// begin inline asm" or inline and line.strip() != "// end inline asm"
+        if not inline and (found := re.match(r"\s*\.loc\s+(\d+) (\d+)", line)):
+            source = Path(files.get(found[1], "")).name, int(found[2])
+        sources[number] = source
+    return sources
 
 
 def _read_amdgcn(kernel) -> Code:
