@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
+import pickle
 import re
 import subprocess
 import tempfile
@@ -18,8 +20,10 @@ from typing import NamedTuple
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
+from . import control_flow
 from .control_flow import Instruction, loop_depths
 
 KIB = 1024
@@ -135,8 +139,21 @@ def compile_only(target: str):
 
 @functools.cache
 def inspect(kernel) -> Code:
-    """What a compiled kernel's machine code holds."""
-    return _read_cubin(kernel) if kernel.metadata.target.backend == "cuda" else _read_amdgcn(kernel)
+    """What a compiled kernel's machine code holds. Kept beside the kernel in Triton's cache: nvdisasm alone takes as long as
+    Triton does to compile."""
+    cache, name = get_cache_manager(kernel.hash), f"{_readers()}.code"
+    if found := cache.get_file(name):
+        return pickle.loads(Path(found).read_bytes())
+    code = _read_cubin(kernel) if kernel.metadata.target.backend == "cuda" else _read_amdgcn(kernel)
+    cache.put(pickle.dumps(code), name)
+    return code
+
+
+@functools.cache
+def _readers() -> str:
+    """Hash of the source that reads machine code."""
+    sources = (Path(__file__), Path(control_flow.__file__))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 _SASS = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
