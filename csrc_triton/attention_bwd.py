@@ -172,8 +172,8 @@ def _attention_bwd_kernel(
                     valid_mask &= is_within(stretched[:, None], seen_from[None, :], seen_width[None, :])
                 valid_mask = position_mask(valid_mask, pos[:, None], q_pos[None, :], MODE)
                 if MANY_ROUNDS:
-                    valid_mask &= is_first_of_many(
-                        q_pos[None, :], pos[:, None], r, pid_bh, pid_kv, coords_ptr, limits_ptr, L, S, MODE
+                    valid_mask = is_first_of_many(
+                        valid_mask, q_pos[None, :], pos[:, None], r, pid_bh, pid_kv, coords_ptr, limits_ptr, L, S, MODE
                     )
                 if FEW_ROUNDS:
                     if MODE.SHARED:
@@ -234,8 +234,8 @@ def _attention_bwd_kernel(
             if CHECK_PADDING:
                 valid_mask &= k_mask[None, :]
             if MANY_ROUNDS:
-                valid_mask &= is_first_of_many(
-                    pos[:, None], k_pos[None, :], r, pid_own, pid_kv, coords_ptr, limits_ptr, L, S, MODE
+                valid_mask = is_first_of_many(
+                    valid_mask, pos[:, None], k_pos[None, :], r, pid_own, pid_kv, coords_ptr, limits_ptr, L, S, MODE
                 )
             if FEW_ROUNDS:
                 coords = earlier_coords(k_pos, pid_kv, coords_ptr, S, MODE)

@@ -126,7 +126,9 @@ def _attention_fwd_kernel(
         if CHECK_PADDING:
             valid_mask &= k_mask[None, :]
         if MANY_ROUNDS:
-            valid_mask &= is_first_of_many(q_pos[:, None], k_pos[None, :], r, pid_bh, pid_kv, coords_ptr, limits_ptr, L, S, MODE)
+            valid_mask = is_first_of_many(
+                valid_mask, q_pos[:, None], k_pos[None, :], r, pid_bh, pid_kv, coords_ptr, limits_ptr, L, S, MODE
+            )
         if FEW_ROUNDS:
             coords = earlier_coords(k_pos, pid_kv, coords_ptr, S, MODE)
             valid_mask &= is_first_round(seen, coords, seen_widths, S, MODE)

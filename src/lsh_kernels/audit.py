@@ -209,12 +209,14 @@ def audit_case(target: str, name: str) -> list[tuple[dict, object]]:
 
 def audit(targets, names, workers=None) -> list[dict]:
     """Rows of `FIELDS` of all cases for all targets; a kernel that several cases share is in the first one's."""
-    tasks = [(target, name) for target in targets for name in names]
-    rows, seen = [], set()
+    # neighbours share no kernel, which two workers would compile at the same time
+    tasks = [(target, name) for name in names for target in targets]
     with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_limit_memory) as pool:
-        results = pool.map(audit_case, *zip(*tasks))
-        for (target, name), found in tqdm(zip(tasks, results), "audit", len(tasks)):
-            for row, kernel_hash in found:
+        found = dict(zip(tasks, tqdm(pool.map(audit_case, *zip(*tasks)), "audit", len(tasks))))
+    rows, seen = [], set()
+    for target in targets:
+        for name in names:
+            for row, kernel_hash in found[target, name]:
                 if kernel_hash is None or (target, kernel_hash) not in seen:
                     seen.add((target, kernel_hash))
                     like = [_key(other) for other in rows if _key(other)[:2] == (target, name)]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
+import pickle
 import re
 import subprocess
 import tempfile
@@ -18,8 +20,10 @@ from typing import NamedTuple
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
+from . import control_flow
 from .control_flow import Instruction, loop_depths
 
 KIB = 1024
@@ -85,7 +89,8 @@ class Code(NamedTuple):
         return self.counts[0]["tensor"] // inside if inside else 0
 
     def total(self, what: str, trips: tuple = (1,)) -> float:
-        """Of `what` per program, where loops make trips[0] trips, loops in them trips[1], ..; the last holds for all deeper."""
+        """Of `what` per program, where loops make trips[0] trips, loops in them trips[1], ..; the last holds for all deeper.
+        A loop that the compiler has unrolled counts too much: its code is taken for that of one trip."""
         trips = [trips[min(depth, len(trips) - 1)] - (self.peeled if depth == 0 else 0) for depth in range(max(self.counts))]
         return sum(math.prod(trips[:depth]) * counts[what] for depth, counts in self.counts.items())
 
@@ -134,8 +139,21 @@ def compile_only(target: str):
 
 @functools.cache
 def inspect(kernel) -> Code:
-    """What a compiled kernel's machine code holds."""
-    return _read_cubin(kernel) if kernel.metadata.target.backend == "cuda" else _read_amdgcn(kernel)
+    """What a compiled kernel's machine code holds. Kept beside the kernel in Triton's cache: nvdisasm alone takes as long as
+    Triton does to compile."""
+    cache, name = get_cache_manager(kernel.hash), f"{_readers()}.code"
+    if found := cache.get_file(name):
+        return pickle.loads(Path(found).read_bytes())
+    code = _read_cubin(kernel) if kernel.metadata.target.backend == "cuda" else _read_amdgcn(kernel)
+    cache.put(pickle.dumps(code), name)
+    return code
+
+
+@functools.cache
+def _readers() -> str:
+    """Hash of the source that reads machine code."""
+    sources = (Path(__file__), Path(control_flow.__file__))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 _SASS = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
@@ -146,11 +164,12 @@ def _read_cubin(kernel) -> Code:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = _run(knobs.nvidia.nvdisasm.path, "-g", "-c", file.name)
+        sass = _run(knobs.nvidia.nvdisasm.path, "-gp", "-c", file.name)
+    sources = _ptx_sources(kernel.asm["ptx"])
     instructions, source, labels = [], None, ()
     for line in sass.splitlines():
-        if found := re.match(r'\s*//## File "(.*)", line (\d+)', line):
-            source = Path(found[1]).name, int(found[2])
+        if found := re.match(r'\s*//## File ".nv_debug_ptx_txt", line (\d+)', line):
+            source = sources[int(found[1])]
         elif found := re.match(r"(\.L_\w+):", line):
             labels += (found[1],)
         elif (found := _SASS.match(line)) and found[2] != "NOP":
@@ -168,6 +187,19 @@ def _read_cubin(kernel) -> Code:
         registers, stack, opcodes["STL"], opcodes["LDL"], kernel.metadata.shared, kernel.metadata.num_warps,
         _fma_dots(kernel), _count(kernel, instructions, _classify_sass),
     )  # fmt: skip
+
+
+def _ptx_sources(ptx: str) -> dict:
+    """(file, line) by line of PTX, from 1."""
+    files = dict(re.findall(r'^\s*\.file\s+(\d+) "([^"\n]+)"', ptx, re.MULTILINE))
+    sources, source, inline = {}, None, False
+    for number, line in enumerate(ptx.splitlines(), 1):
+        # inside inline assembly LLVM may raise the source line with each line of assembly
+        inline = line.strip() == "// begin inline asm" or inline and line.strip() != "// end inline asm"
+        if not inline and (found := re.match(r"\s*\.loc\s+(\d+) (\d+)", line)):
+            source = Path(files.get(found[1], "")).name, int(found[2])
+        sources[number] = source
+    return sources
 
 
 def _read_amdgcn(kernel) -> Code:
