@@ -76,9 +76,9 @@ def is_first_round(own, walked, widths, S, MODE: tl.constexpr, OWN_WIDTHS: tl.co
 def is_first_of_many(mask, q_pos, k_pos, r, pid_bh, pid_kv, coords_ptr, limits_ptr, L, S, MODE: tl.constexpr):
     """`mask` and `is_first_round` of pairs [queries, keys] or, as the positions broadcast, [keys, queries], one round after
     the other: no matter how many there are, registers hold one."""
-    # moves with the rounds: a product per round would spill a register on sm_80
+    # move with the rounds: a product or a sum with the positions per round would spill a register on sm_80 or sm_90
     if not MODE.SHARED:
-        limits_ptr += pid_bh * MODE.R * L * 2
+        limits_ptrs = limits_ptr + (pid_bh * MODE.R * L + q_pos) * 2
     for e in range(0, r):
         coord = tl.load(coords_ptr + (pid_kv * MODE.R + e) * S + k_pos)
         # marks are in the last hash round alone, which is before the local one
@@ -88,7 +88,6 @@ def is_first_of_many(mask, q_pos, k_pos, r, pid_bh, pid_kv, coords_ptr, limits_p
             before, width = dedupe_reach(S, MODE)
             mask &= ~is_within(coord, unmarked(tl.load(coords_ptr + (pid_bh * MODE.R + e) * L + q_pos)) - before, width)
         else:
-            limits_ptrs = limits_ptr + q_pos * 2
             mask &= ~is_within(coord, tl.load(limits_ptrs), tl.load(limits_ptrs + 1))
-            limits_ptr += L * 2
+            limits_ptrs += L * 2
     return mask
