@@ -84,6 +84,15 @@ def test_attention_bwd_counts_a_pair_of_many_rounds_once(keys, device):
     Call(Problem(device, keys=keys, causal=True, padded=True, local_window=2, **sizes)).assert_equal_the_oracle()
 
 
+@pytest.mark.parametrize("n_hashes", [2, 9])
+def test_attention_bwd_dedupes_pairs_with_a_marked_key(n_hashes, device):
+    """Position 0, which has no target but itself, is marked in the last hash round, the only one that shares its pairs with
+    the local round; the last bucket takes its coordinate far from the mark."""
+    problem = Problem(device, causal=True, local_window=2, R=n_hashes, L=30, H=1, n_buckets=32)
+    problem.q_buckets[:, :, :-1], problem.q_buckets[:, :, -1] = torch.arange(30, device=device), 31
+    Call(problem).assert_equal_the_oracle()
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(
     ("fields", "causal"),
