@@ -311,7 +311,8 @@ class Entries:
         self.int_dtype = torch.int16 if largest < 2**16 else torch.int32
         self.lo, self.hi = self.q_side(walk.lo), self.q_side(walk.hi)
         if self.static:
-            self.starts = torch.arange(self.n_tiles, device=self.device) * self.tile - self.left
+            starts = torch.arange(self.n_tiles, dtype=walk.lo.dtype, device=self.device)
+            self.starts = starts * self.tile - self.left
             self.relative = self.relative_interval(slice(None), self.starts)
 
     def relative_interval(self, tiles: slice | Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
