@@ -1,6 +1,7 @@
 """The demo at a tiny size: text, counts, twins, files, Ctrl-C, life without matplotlib."""
 
 import csv
+import functools
 import json
 import math
 import os
@@ -31,6 +32,8 @@ def start(out, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        # a shell starts what it puts in the background with Ctrl-C ignored, and children inherit that
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
