@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import launch
 from ._tile import (
     FAR,
     Tile,
@@ -316,7 +317,8 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
         for part, (n_heads, length, gradients) in parts.items():
             tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode, part, in_place)
             n_tiles = ceil_div(length, tile.M)
-            _attention_bwd_kernel[(B * n_heads * n_parts * n_tiles,)](
+            launch(
+                _attention_bwd_kernel, (B * n_heads * n_parts * n_tiles,),
                 query, keys, value, dout, stats, inverse_norm, padding, seed,
                 state.q_order, state.q_stretched, k_order, coords, limits, gradients,
                 query.stride(), keys.stride(), value.stride(), dout.stride(), H, Hkv, L, S, n_buckets, first_round, n_parts,
@@ -334,7 +336,7 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
     rows see in other rounds, so that tiles are smaller than forward's."""
     block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
     widest = max(block_d, block_dv)
-    plain = mode.SHARED and mode.ROUNDS <= 5 and not (mode.DROPOUT or in_place)
+    plain = mode.SHARED and mode.ROUNDS <= 5 and not (mode.DROPOUT or mode.LOCAL_WINDOW or in_place)
     # two warps repeat less of the rows than four do
     block_m, block_n, num_warps, num_stages = 16, 16, 2, 2
     if dtype == torch.float32:
@@ -346,10 +348,10 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
         # where two warps spill: with float32 sums to add to, intervals of many rounds, or all that a pair can depend on
         if mode.SHARED and (in_place or mode.ROUNDS > 5 and (mode.DEDUPE or mode.DROPOUT and mode.LOCAL_WINDOW)):
             block_n, num_warps = 32, 4
-        elif part == "keys" and mode.DEDUPE and mode.DROPOUT and mode.ROUNDS > 5:
+        elif part == "keys" and mode.DEDUPE and mode.ROUNDS > 5 and (mode.DROPOUT or in_place):
             num_warps = 4
     elif mode.DEDUPE:
-        if plain and not mode.LOCAL_WINDOW:
+        if plain:
             block_m = 32
     else:
         block_m, block_n, num_warps = 16 if in_place else 32, 32, 2 if plain else 4

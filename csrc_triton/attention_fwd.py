@@ -5,7 +5,9 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
+from ._launch import launch
 from ._tile import (
     Tile,
     ceil_div,
@@ -89,8 +91,8 @@ def _attention_fwd_kernel(
         q_mask = tl.load(padding_ptr + b * S + q_pos) == 0
     q_ptr += b * q_strides[0] + h * q_strides[1]
     q = load_rows(q_ptr, q_pos, q_strides[2], q_mask, TILE.D, BLOCK_D)  # [M, BLOCK_D]
-    # what queries see in so many rounds does not fit into registers
-    MANY_ROUNDS: tl.constexpr = MODE.DEDUPE and MODE.ROUNDS > (16 if MODE.SHARED else 8)
+    # what queries see in so many rounds does not fit into registers, on AMD less of it than on CUDA
+    MANY_ROUNDS: tl.constexpr = MODE.DEDUPE and MODE.ROUNDS > (16 if MODE.SHARED and not is_hip() else 8)
     FEW_ROUNDS: tl.constexpr = MODE.DEDUPE and not MANY_ROUNDS
     seen, seen_widths = (), ()
     if FEW_ROUNDS:
@@ -215,7 +217,8 @@ def attend_rounds(query, key, value, key_padding_mask, seed, state, options, inv
     keys = query if shared else key
     keep_from, keep_scale = dropout_args(o.dropout_p)
     n_tiles = ceil_div(L, tile.M)
-    _attention_fwd_kernel[(B * H * mode.ROUNDS * n_tiles,)](
+    launch(
+        _attention_fwd_kernel, (B * H * mode.ROUNDS * n_tiles,),
         query, keys, value, inverse_norm, padding, seed,
         state.q_order, state.q_stretched, state.q_order if shared else state.k_order, coords, limits,
         out, lse, query.stride(), keys.stride(), value.stride(), H, Hkv, L, S, n_buckets, divisor(n_tiles), divisor(H),

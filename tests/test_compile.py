@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from attention_problems import CONFIGS, covering_cases, name_of
 
-# launch configurations are chosen by the compiler of the pinned Triton; others allocate registers a little differently
 PINNED = f"triton=={triton.__version__}\n" in (Path(__file__).parents[1] / "constraints.txt").read_text()
-MOST_SPILLED = 0 if PINNED else 4
 # each takes a minute or two
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942") if PINNED else ("sm_90", "gfx942")
 
@@ -73,6 +72,12 @@ def attention_bwd(*args, in_place=None, **kwargs):
         attention_bwd(out, lse, query, key, value, padding, seed, out, lse, state, options, in_place)
 
     attention_call(attend, *args, **kwargs)
+
+
+def attention_options(attend, config, keys, causal, padded, dropout_p, R, local_window, dedupe, D, **rest):
+    """A call in the words of the covering cases."""
+    fields = {"dedupe": dedupe, **CONFIGS[config], "n_hashes": R, "local_window": local_window, **rest}
+    attend(head_dim=D, dtype=torch.bfloat16, causal=causal, keys=keys, mask=padded, dropout_p=dropout_p, **fields)
 
 
 def hash_sort(length=1024, head_dim=64, dtype=torch.bfloat16, factors=(32, 64), mask=False):
@@ -199,6 +204,17 @@ LAUNCHES = {
         2 * 4096,
     ),
     "attention_bwd-fp16-D128-8-rounds": (lambda: attention_bwd(head_dim=128, n_hashes=8), 8 * 4096),
+    # the two where ptxas, left to itself, spills: on sm_80 and sm_100 the first, on sm_90 the second
+    "attention_fwd-bf16-D128-separate-local-chunk": (
+        lambda: attention_fwd(
+            head_dim=128, dtype=torch.bfloat16, keys="separate", causal=False, n_hashes=8, local_window=8, span="chunk"
+        ),
+        4 * 4096,
+    ),
+    "attention_bwd-bf16-D64-separate-masked-local-chunk": (
+        lambda: attention_bwd(dtype=torch.bfloat16, keys="separate", mask=True, n_hashes=1, local_window=8, span="chunk"),
+        2 * 4096,
+    ),
     "hash_sort-bf16-D64": (lambda: hash_sort(), 256 * 128),
     "hash_sort-fp16-D64-one-pass-masked": (lambda: hash_sort(dtype=torch.float16, factors=(128,), mask=True), 256 * 128),
     "hash_sort-fp16-D128-many-columns": (lambda: hash_sort(4096, 128, torch.float16, (128, 256)), 128 * 256),
@@ -209,6 +225,23 @@ LAUNCHES = {
     "residual-fp32": (lambda: residual(), 2 * 4096),
     "residual-bf16-undo": (lambda: residual(dtype=torch.bfloat16, undo=True), 4096),
 }
+
+# every pair of options: their combinations are thousands
+COVERING = {
+    "config": ["window", "chunk", "bucket", "across", "wrap"],
+    "keys": ["shared", "separate"],
+    "causal": [False, True],
+    "padded": [False, True],
+    "dropout_p": [0.0, 0.1],
+    "R": [1, 4, 8, 12],
+    "local_window": [0, 8],
+    "dedupe": [False, True],
+    "D": [64, 128],
+}
+for case in covering_cases(COVERING):
+    LAUNCHES[f"attention_fwd-{name_of(case)}"] = functools.partial(attention_options, attention_fwd, **case), 4 * 4096
+for case in covering_cases({**COVERING, "in_place": [False, True]}):
+    LAUNCHES[f"attention_bwd-{name_of(case)}"] = functools.partial(attention_options, attention_bwd, **case), 2 * 4096
 
 TENSOR_KERNELS = ("_attention_fwd_kernel", "_attention_bwd_kernel", "_hashing_fwd_kernel")
 
@@ -231,8 +264,7 @@ def test_compile_without_spills_and_with_wide_loads(launch, target):
     kernels = compiled(target)[launch]
     assert kernels, "the launcher launched nothing"
     for kernel in kernels:
-        assert max(kernel["spills"]["stores"], kernel["spills"]["loads"]) <= MOST_SPILLED, kernel
-        assert not (PINNED and kernel["spills"]["stack"]), kernel
+        assert not any(kernel["spills"].values()), kernel
     fetched = sum(kernel["bytes_by_wide_loads"] for kernel in kernels)
     assert fetched >= LAUNCHES[launch][1], f"{fetched} bytes by 128-bit loads: {kernels}"
 

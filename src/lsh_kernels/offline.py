@@ -71,8 +71,8 @@ class Code(NamedTuple):
 
     registers: int
     stack: int  # bytes
-    spill_stores: int  # STL instructions; AMD: spilled vector registers
-    spill_loads: int  # LDL instructions
+    spill_stores: int  # instructions: STL; AMD: scratch_store
+    spill_loads: int  # LDL; scratch_load
     shared: int  # bytes
     warps: int
     fma_dots: int  # tile products that are not on tensor cores
@@ -127,7 +127,13 @@ def compile_only(target: str):
         except Exception as failure:  # whatever the compiler's stages raise
             lines = [line.strip() for line in (str(failure).strip() or repr(failure)).splitlines() if line.strip()]
             error = f"{type(failure).__name__}: {lines[0]} .. {lines[-1]}"[:200]
-        launches.append(Launch(self.fn.__name__, arguments, math.prod(grid), None if error else kernel, error))
+        if not warmup:
+            launches.append(Launch(self.fn.__name__, arguments, math.prod(grid), None if error else kernel, error))
+        elif kernel is not None and kernel.metadata.target.backend == "cuda":
+            # a launcher that compiles before it launches wants to know what the driver says of a kernel once loaded
+            code = inspect(kernel)
+            kernel.module, kernel.n_regs, kernel.n_spills = kernel.kernel, code.registers, code.stack // 4
+        return kernel
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = only_compile
@@ -220,10 +226,11 @@ def _read_amdgcn(kernel) -> Code:
     def metadata(name):
         return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
 
-    # scalar registers spill into lanes of vector registers, not into memory: such spills are no fault
-    registers, stack, spilled = map(metadata, ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count"))
+    # scalar registers spill into lanes of vector registers: the stack that is set aside for them stays untouched
+    stores, loads = (sum(i.opcode.startswith(f"scratch_{what}") for i in instructions) for what in ("store", "load"))
+    stack = metadata("private_segment_fixed_size") if stores or loads else 0
     return Code(
-        registers, stack, spilled, 0, kernel.metadata.shared, kernel.metadata.num_warps,
+        metadata("vgpr_count"), stack, stores, loads, kernel.metadata.shared, kernel.metadata.num_warps,
         _fma_dots(kernel), _count(kernel, instructions, _classify_amdgcn),
     )  # fmt: skip
 
