@@ -233,7 +233,7 @@ COVERING = {
     "causal": [False, True],
     "padded": [False, True],
     "dropout_p": [0.0, 0.1],
-    "R": [1, 4, 8, 12],
+    "R": [1, 8, 12],
     "local_window": [0, 8],
     "dedupe": [False, True],
     "D": [64, 128],
