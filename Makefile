@@ -58,6 +58,9 @@ gpu-wheels: install  ## fetch the peers that a GPU machine lacks, for bench-gpu,
 	rm -rf gpu-wheels
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt --dest gpu-wheels $(GPU_WHEELS)
 
+# OpenMP's own setting: beside other programs, threads that spin while they wait made steps of one second last ten
+demo diagnose: export OMP_WAIT_POLICY ?= PASSIVE
+
 demo: install  ## train a small language model with exact and with LSH attention, print a table, draw a picture
 	$(BIN)/python -m lsh_kernels demo
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import os
 import re
 import signal
 import statistics
@@ -51,9 +50,6 @@ def main(argv=None) -> int:
     """
     options = _parse(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    # read by OpenMP in the child processes: where other programs run too, threads that spin while they wait made steps of
-    # one second last ten
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     results = {
         "machine": machine(),
         "options": {"length": options.length, "steps": options.steps, "layers": options.layers, "seed": options.seed},
