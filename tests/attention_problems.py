@@ -46,9 +46,9 @@ def is_possible(case):
     return not (str(case.get("config")).startswith("wrap") and case.get("dedupe"))
 
 
-def covering_cases(factors):
-    """Cases that hold every possible pair of two factors' values, chosen greedily."""
-    rng = random.Random(0)
+def covering_cases(factors, seed=0):
+    """Cases that hold every possible pair of two factors' values, chosen greedily; the rest of them follows the seed."""
+    rng = random.Random(seed)
     names = list(factors)
     wanted = {
         ((a, x), (b, y))
