@@ -103,29 +103,29 @@ def _dense_bwd_kernel(
     tl.store(dq_ptr + offs_own, (dq * scale).to(dq_ptr.dtype.element_ty))
 
 
-def dense_fwd(q, k, v, scale, block_m, block_n, num_warps=4, num_stages=2):
-    """Softmax attention of q, k, v [B, H, L, D] contiguous, L a multiple of both blocks: (out, lse in base 2)."""
+def dense_fwd(q, k, v, scale, block_m, block_n, **options):
+    """Softmax attention of q, k, v [B, H, L, D] contiguous, L a multiple of both blocks: (out, lse in base 2). options: of
+    the compiler, as num_warps."""
     L, D = q.shape[2:]
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     _dense_fwd_kernel[(q.shape[0] * q.shape[1] * (L // block_m),)](
-        q, k, v, out, lse, L, scale * _LOG2_E, D=D, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+        q, k, v, out, lse, L, scale * _LOG2_E, D=D, BLOCK_M=block_m, BLOCK_N=block_n, **options
+    )
     return out, lse
 
 
-def dense_bwd(q, k, v, out, lse, dout, scale, block_m, block_n, num_warps=4, num_stages=2):
+def dense_bwd(q, k, v, out, lse, dout, scale, block_m, block_n, **options):
     """Gradients (dq, dk, dv) of `dense_fwd`."""
     L, D = q.shape[2:]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = (out.float() * dout.float()).sum(-1)
     _dense_bwd_kernel[(q.shape[0] * q.shape[1] * (L // block_m),)](
-        q, k, v, dout, lse, delta, dq, dk, dv, L, scale * _LOG2_E, scale, D=D, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+        q, k, v, dout, lse, delta, dq, dk, dv, L, scale * _LOG2_E, scale, D=D, BLOCK_M=block_m, BLOCK_N=block_n, **options
+    )
     return dq, dk, dv
 
 
+_COMPILER_OPTIONS = ("num_warps", "num_stages", "matrix_instr_nonkdim")
 # our kernel: its dense twin
 _TWINS = {"_attention_fwd_kernel": "_dense_fwd_kernel", "_attention_bwd_kernel": "_dense_bwd_kernel"}
 
@@ -140,8 +140,9 @@ def compare(target, case):
         tile, code = ours.arguments["TILE"], offline.inspect(ours.kernel)
         trips = audit.work_of(ours).trips
         x = torch.empty(1, 1, 4 * tile.M * tile.N, case.head_dim, dtype=audit.DTYPES[case.dtype], device="meta")
+        compiler_options = ours.kernel.metadata._asdict()
         tiling = {"block_m": tile.M, "block_n": tile.N} | {
-            name: ours.arguments[name] for name in ("num_warps", "num_stages") if name in ours.arguments
+            name: compiler_options[name] for name in _COMPILER_OPTIONS if name in compiler_options
         }
         with offline.compile_only(target) as launches:
             if ours.name == "_attention_fwd_kernel":

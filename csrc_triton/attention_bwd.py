@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch
+from ._options import target_options
 from ._tile import (
     FAR,
     Tile,
@@ -57,6 +57,7 @@ def store_gradients(ptrs, gradients, mask, first_round, IN_PLACE: tl.constexpr):
 _RUN_TIME = "H HKV L S n_buckets first_round n_rounds by_tiles by_rounds by_heads keep_from".split()
 
 
+@target_options
 @triton.jit(do_not_specialize=_RUN_TIME)
 def _attention_bwd_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr,            # inputs   [B, H, L, D], [B, HKV, S, D], [B, HKV, S, DV], [B, H, L, DV]
@@ -317,8 +318,7 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
         for part, (n_heads, length, gradients) in parts.items():
             tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode, part, in_place)
             n_tiles = ceil_div(length, tile.M)
-            launch(
-                _attention_bwd_kernel, (B * n_heads * n_parts * n_tiles,),
+            _attention_bwd_kernel[(B * n_heads * n_parts * n_tiles,)](
                 query, keys, value, dout, stats, inverse_norm, padding, seed,
                 state.q_order, state.q_stretched, k_order, coords, limits, gradients,
                 query.stride(), keys.stride(), value.stride(), dout.stride(), H, Hkv, L, S, n_buckets, first_round, n_parts,
@@ -353,6 +353,8 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
     elif mode.DEDUPE:
         if plain:
             block_m = 32
+        elif mode.SHARED and mode.ROUNDS > 8 and mode.DROPOUT and mode.LOCAL_WINDOW:
+            num_warps = 4
     else:
         block_m, block_n, num_warps = 16 if in_place else 32, 32, 2 if plain else 4
     return Tile(D, Dv, block_d, block_dv, block_m, block_n), num_warps, num_stages

@@ -9,11 +9,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ._options import target_options
 from ._tile import ceil_div, inverse_norm_of, load_rows, next_power_of_2
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
+@target_options
 @triton.jit(do_not_specialize=["H", "L", "eps"])
 def _attention_bwd_prepare_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr,  # inputs   [B, H, L, DV] twice, [B, H, L] twice; dlse may be None

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_hip
 
-from ._launch import launch
+from ._options import target_options
 from ._tile import (
     Tile,
     ceil_div,
@@ -37,6 +37,7 @@ _LN_2 = tl.constexpr(math.log(2))
 _LEAST_SCALE = 1e-30
 
 
+@target_options
 @triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets", "by_tiles", "by_heads", "keep_from"])
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr,                      # inputs   [B, H, L, D], [B, HKV, S, D], [B, HKV, S, DV]
@@ -150,6 +151,7 @@ def _attention_fwd_kernel(
     store_rows(out_ptr, offs_out, out, alive_mask, TILE.DV)
 
 
+@target_options
 @triton.jit(do_not_specialize=["H", "L", "eps"])
 def _inverse_norm_kernel(
     x_ptr, padding_ptr,  # inputs  [B, H, L, D], [B, L]
@@ -217,8 +219,7 @@ def attend_rounds(query, key, value, key_padding_mask, seed, state, options, inv
     keys = query if shared else key
     keep_from, keep_scale = dropout_args(o.dropout_p)
     n_tiles = ceil_div(L, tile.M)
-    launch(
-        _attention_fwd_kernel, (B * H * mode.ROUNDS * n_tiles,),
+    _attention_fwd_kernel[(B * H * mode.ROUNDS * n_tiles,)](
         query, keys, value, inverse_norm, padding, seed,
         state.q_order, state.q_stretched, state.q_order if shared else state.k_order, coords, limits,
         out, lse, query.stride(), keys.stride(), value.stride(), H, Hkv, L, S, n_buckets, divisor(n_tiles), divisor(H),

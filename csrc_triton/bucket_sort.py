@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._options import target_options
 from ._tile import ceil_div, next_power_of_2
 
 MAX_BUCKETS = 32_768
@@ -46,6 +47,7 @@ def load_buckets(buckets_ptr, padding_ptr, pid_bhr, n_rounds, positions, mask, L
     return buckets
 
 
+@target_options
 @triton.jit(do_not_specialize=["L", "N", "low_bits"])
 def _bucket_sort_count_kernel(
     buckets_ptr, padding_ptr, words_ptr,  # inputs   [B, H, R, L], [B, L], [B, H, R, L] contiguous
@@ -71,6 +73,7 @@ def _bucket_sort_count_kernel(
     tl.store(counts_ptr + pid.to(tl.int64) * BLOCK_BINS + offs_bin, counts)
 
 
+@target_options
 @triton.jit(do_not_specialize=["n_tiles"])
 def _bucket_sort_scan_kernel(
     counts_ptr,  # input and output [B, H, R, n_tiles, BLOCK_BINS]
@@ -107,6 +110,7 @@ def _bucket_sort_scan_kernel(
         first += BLOCK_T
 
 
+@target_options
 @triton.jit(do_not_specialize=["L", "N", "stretch", "low_bits", "n_bins"])
 def _bucket_sort_scatter_kernel(
     buckets_ptr, padding_ptr, offsets_ptr,  # inputs   [B, H, R, L], [B, L] contiguous, scanned counts

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._options import target_options
 from ._tile import ceil_div, dropout_args, dropout_keep, load_rows, next_power_of_2, store_rows, unmarked
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -60,6 +61,7 @@ class _SelfGradients(NamedTuple):
     R_HASHED: int
 
 
+@target_options
 @triton.jit(do_not_specialize=["L", "keep_from"])
 def _combine_rounds_fwd_kernel(
     out_ptr, lse_ptr,                # inputs   [B, H, R, L, DV], [B, H, R, L] contiguous
@@ -169,6 +171,7 @@ def own_dlogit(dlse_ptr, stretched_ptr, pid_bh, rows, row_mask, L, scale, SELF: 
     return alone_mask, dlogit
 
 
+@target_options
 @triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_q_programs", "keep_from"])
 def _combine_rounds_bwd_kernel(
     q_parts_ptr, k_parts_ptr,  # inputs   [B, H, R, L, D], [B, HKV, R, S, D + DV]; of shared QK both [B, H, R, L, D + DV]

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch
+from ._options import target_options
 from ._tile import ceil_div, inverse_norm_of, next_power_of_2
 from .bucket_sort import MAX_BUCKETS, MAX_LENGTH, TileCounts, clamped_buckets, digit_bins, tile_counts
 
@@ -55,6 +55,7 @@ def hash_factor(x, rotations_ptrs, col_mask, HALF: tl.constexpr, MAX_BLOCK_W: tl
     return index
 
 
+@target_options
 @triton.jit(do_not_specialize=["L", "n_buckets"])
 def _hashing_fwd_kernel(
     x_ptr, rotations_ptr, padding_ptr,            # inputs   [B, H, L, D], [Hr, D, R, W] and [B, L] contiguous
@@ -181,8 +182,7 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
         inverse_norm = torch.empty((B, H, L), dtype=torch.float32, device=x.device)
     if with_counts:
         counts = torch.empty((B, H, R, n_tiles, bins[0]), dtype=torch.int32, device=x.device)
-    launch(
-        _hashing_fwd_kernel, (B * H * n_tiles,),
+    _hashing_fwd_kernel[(B * H * n_tiles,)](
         x, rotations, padding, buckets, inverse_norm, counts, x.stride(), H, L, group, n_buckets,
         norm_eps or 0.0,
         HAS_PADDING=has_padding, HAS_NORM=norm_eps is not None, HAS_COUNTS=with_counts,

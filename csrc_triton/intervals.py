@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._options import target_options
 from ._tile import FAR, bucket_of, ceil_div, load_hashed, unmarked
 
 
@@ -164,6 +165,7 @@ def search_queries(
     return none + lo, none + tl.maximum(lo, hi)
 
 
+@target_options
 @triton.jit(do_not_specialize=["L", "n_buckets", "gap"])
 def _bucket_bounds_kernel(
     order_ptr, stretched_ptr,  # inputs   [B, H, R, L]
@@ -196,6 +198,7 @@ def _bucket_bounds_kernel(
         tl.store(coords_ptr + row * L + pos, coords, mask=slot_mask)
 
 
+@target_options
 @triton.jit(do_not_specialize=["H", "HKV", "L", "S", "n_buckets"])
 def _stretched_intervals_kernel(
     q_order_ptr, q_stretched_ptr,              # inputs   [B, H, R, L]

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._options import target_options
 from ._tile import ceil_div
 
 _ADDENDS = (torch.float16, torch.bfloat16, torch.float32)
@@ -20,6 +21,7 @@ def round_to_even(x):
     return tl.where(x < 0.0, -rounded, rounded)
 
 
+@target_options
 @triton.jit
 def _residual_fwd_kernel(
     stream_ptr, addend_ptr,                   # inputs   [n] int32, [n], contiguous

@@ -63,8 +63,8 @@ def covering_cases(factors, seed=0):
     cases = []
     while wanted:
         # one pair that is missing, the rest at random; the best of some tries
-        seed = dict(min(wanted, key=str))
-        tries = ({**{name: rng.choice(factors[name]) for name in names}, **seed} for _ in range(300))
+        missing = dict(min(wanted, key=str))
+        tries = ({**{name: rng.choice(factors[name]) for name in names}, **missing} for _ in range(300))
         best = max(filter(is_possible, tries), key=lambda case: len(wanted & pairs(case)))
         wanted -= pairs(best)
         cases.append({name: best[name] for name in names})

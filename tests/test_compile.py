@@ -1,8 +1,8 @@
 """Kernels compiled offline, for GPUs that are not there, just as their launchers launch them.
 
-Run as a script with a target's name this file compiles all of LAUNCHES and prints what came out as JSON. That needs a
-process of its own: TRITON_INTERPRET, which the other tests rely on, breaks compilation. With a seed behind the name it compiles
-other covering cases instead: python tests/test_compile.py sm_90 1
+Run as a script with a target's name this file compiles all that the tests ask of it and prints what came out as JSON. That
+needs a process of its own: TRITON_INTERPRET, which the other tests rely on, breaks compilation. With a seed behind the name it
+compiles other covering cases instead, four times as many: python tests/test_compile.py sm_90 1
 """
 
 import functools
@@ -33,7 +33,7 @@ def combine_rounds(length, n_hashes, head_dim, dtype, n_heads=2):
 
 def attention_call(
     attend, length=1024, head_dim=64, dtype=torch.float16, causal=True, keys="shared", mask=False, dropout_p=0.0,
-    value_dim=None, **fields,
+    value_dim=None, unaligned=False, **fields,
 ):  # fmt: skip
     from lsh_kernels.config import AttentionOptions, LSHConfig
     from lsh_kernels.torch_backend import SortedRounds
@@ -44,8 +44,12 @@ def attention_call(
         c.within_bucket, c.dedupe, c.wrap, c.local_window, c.norm_eps, causal, dropout_p, 1.0,
     )  # fmt: skip
     n_heads, n_kv_heads = 4, 2 if keys == "grouped" else 4
-    query, key = (torch.zeros(1, n, length, head_dim, dtype=dtype) for n in (n_heads, n_kv_heads))
-    value = torch.zeros(1, n_kv_heads, length, value_dim or head_dim, dtype=dtype)
+
+    def rows(n_heads, dim):
+        return torch.zeros(1, n_heads, length, dim + unaligned, dtype=dtype)[..., :dim]
+
+    query, key = rows(n_heads, head_dim), rows(n_kv_heads, head_dim)
+    value = rows(n_kv_heads, value_dim or head_dim)
     q_order, k_order = (torch.zeros(1, n, c.n_hashes, length, dtype=torch.int32) for n in (n_heads, n_kv_heads))
     padding = torch.zeros(1, length, dtype=torch.bool) if mask else None
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
@@ -75,10 +79,12 @@ def attention_bwd(*args, in_place=None, **kwargs):
     attention_call(attend, *args, **kwargs)
 
 
-def attention_options(attend, config, keys, causal, padded, dropout_p, R, local_window, dedupe, D, **rest):
+def attention_options(attend, config, keys, causal, padded, dropout_p, R, local_window, dedupe, D, dtype, unaligned, **rest):
     """A call in the words of the covering cases."""
     fields = {"dedupe": dedupe, **CONFIGS[config], "n_hashes": R, "local_window": local_window, **rest}
-    attend(head_dim=D, dtype=torch.bfloat16, causal=causal, keys=keys, mask=padded, dropout_p=dropout_p, **fields)
+    attend(
+        head_dim=D, dtype=dtype, causal=causal, keys=keys, mask=padded, dropout_p=dropout_p, unaligned=unaligned, **fields
+    )  # fmt: skip
 
 
 def hash_sort(length=1024, head_dim=64, dtype=torch.bfloat16, factors=(32, 64), mask=False):
@@ -205,17 +211,6 @@ LAUNCHES = {
         2 * 4096,
     ),
     "attention_bwd-fp16-D128-8-rounds": (lambda: attention_bwd(head_dim=128, n_hashes=8), 8 * 4096),
-    # ptxas, left to itself, spills: in the first on sm_100, in the second on sm_90
-    "attention_fwd-bf16-D128-separate-local-chunk": (
-        lambda: attention_fwd(
-            head_dim=128, dtype=torch.bfloat16, keys="separate", causal=False, n_hashes=8, local_window=8, span="chunk"
-        ),
-        4 * 4096,
-    ),
-    "attention_bwd-bf16-D64-separate-masked-local-chunk": (
-        lambda: attention_bwd(dtype=torch.bfloat16, keys="separate", mask=True, n_hashes=1, local_window=8, span="chunk"),
-        2 * 4096,
-    ),
     "hash_sort-bf16-D64": (lambda: hash_sort(), 256 * 128),
     "hash_sort-fp16-D64-one-pass-masked": (lambda: hash_sort(dtype=torch.float16, factors=(128,), mask=True), 256 * 128),
     "hash_sort-fp16-D128-many-columns": (lambda: hash_sort(4096, 128, torch.float16, (128, 256)), 128 * 256),
@@ -227,31 +222,64 @@ LAUNCHES = {
     "residual-bf16-undo": (lambda: residual(dtype=torch.bfloat16, undo=True), 4096),
 }
 
-# every pair of options: their combinations are thousands
+# ptxas, left to itself, spills: in the first on sm_100, in the second on sm_90, in the third in another kernel of the same launch
+SPILLING = {
+    "attention_fwd-bf16-D128-separate-local-chunk": (
+        lambda: attention_fwd(
+            head_dim=128, dtype=torch.bfloat16, keys="separate", causal=False, n_hashes=8, local_window=8, span="chunk"
+        ),
+        4 * 4096,
+    ),
+    "attention_bwd-bf16-D64-separate-masked-local-chunk": (
+        lambda: attention_bwd(dtype=torch.bfloat16, keys="separate", mask=True, n_hashes=1, local_window=8, span="chunk"),
+        2 * 4096,
+    ),
+    "attention_bwd-bf16-D64-separate-masked-local-chunk-unaligned": (
+        lambda: attention_bwd(
+            dtype=torch.bfloat16, keys="separate", mask=True, n_hashes=1, local_window=8, span="chunk", unaligned=True
+        ),
+        0,
+    ),
+    "attention_fwd-fp16-D24-separate": (lambda: attention_fwd(head_dim=24, keys="separate"), 0),
+}
+
+# every pair of options, and each on every target: their combinations are thousands
 COVERING = {
-    "config": ["window", "chunk", "bucket", "across", "wrap"],
-    "keys": ["shared", "separate"],
+    "config": ["window", "chunk", "chunk-ahead", "bucket", "across", "wrap"],
+    "keys": ["shared", "separate", "grouped"],
     "causal": [False, True],
     "padded": [False, True],
     "dropout_p": [0.0, 0.1],
     "R": [1, 8, 12],
     "local_window": [0, 8],
     "dedupe": [False, True],
-    "D": [64, 128],
+    "D": [8, 24, 40, 64, 96, 128],
+    "dtype": [torch.float16, torch.bfloat16],
+    "unaligned": [False, True],
 }
 
 
-def covering_launches(seed=0):
-    """Like LAUNCHES, of attention forward and backward."""
+def covering_launches(target, targets=TARGETS, seed=0):
+    """Like LAUNCHES, of attention forward and backward; of cases spread over `targets` those of one."""
     launches = {}
-    for case in covering_cases(COVERING, seed):
-        launches[f"attention_fwd-{name_of(case)}"] = functools.partial(attention_options, attention_fwd, **case), 4 * 4096
-    for case in covering_cases({**COVERING, "in_place": [False, True]}, seed):
-        launches[f"attention_bwd-{name_of(case)}"] = functools.partial(attention_options, attention_bwd, **case), 2 * 4096
+    for attend, n_bytes, factors in (
+        (attention_fwd, 4 * 4096, COVERING),
+        (attention_bwd, 2 * 4096, {**COVERING, "in_place": [False, True]}),
+    ):
+        for case in covering_cases({**factors, "target": targets}, seed):
+            if case.pop("target") == target:
+                wide = case["D"] >= 64 and not case["unaligned"]
+                call = functools.partial(attention_options, attend, **case)
+                launches[f"{attend.__name__}-{name_of(case)}"] = call, n_bytes * wide
     return launches
 
 
-LAUNCHES |= covering_launches()
+@functools.cache
+def launches_on(target):
+    """Attention's own launches on one target: on the others the covering cases stand for them."""
+    own = {name: launch for name, launch in LAUNCHES.items() if target == "sm_90" or not name.startswith("attention")}
+    return own | SPILLING | covering_launches(target)
+
 
 TENSOR_KERNELS = ("_attention_fwd_kernel", "_attention_bwd_kernel", "_hashing_fwd_kernel")
 
@@ -268,15 +296,14 @@ AT_LENGTH = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("launch", LAUNCHES)
-def test_compile_without_spills_and_with_wide_loads(launch, target):
+@pytest.mark.parametrize(("target", "launch"), [(target, launch) for target in TARGETS for launch in launches_on(target)])
+def test_compile_without_spills_and_with_wide_loads(target, launch):
     kernels = compiled(target)[launch]
     assert kernels, "the launcher launched nothing"
     for kernel in kernels:
         assert not any(kernel["spills"].values()), kernel
     fetched = sum(kernel["bytes_by_wide_loads"] for kernel in kernels)
-    assert fetched >= LAUNCHES[launch][1], f"{fetched} bytes by 128-bit loads: {kernels}"
+    assert fetched >= launches_on(target)[launch][1], f"{fetched} bytes by 128-bit loads: {kernels}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -309,7 +336,7 @@ def compiled(target):
     return json.loads(done.stdout)
 
 
-def compile_all(target, calls):
+def compile_all(target, calls, at_length):
     """{name of the launch: [what each of its kernels came to]}; the launchers run, their kernels are only compiled."""
     from lsh_kernels import offline
 
@@ -332,7 +359,7 @@ def compile_all(target, calls):
         }
 
     report = {name: kernels_of(launch) for name, (launch, _) in calls.items()}
-    for name, launch in AT_LENGTH.items() if target == "sm_90" and calls is LAUNCHES else ():
+    for name, launch in at_length.items():
         report[name] = [kernel for length in LENGTHS for kernel in kernels_of(launch, length)]
     return report
 
@@ -340,5 +367,7 @@ def compile_all(target, calls):
 if __name__ == "__main__":
     # a kernel gone wrong can have LLVM fill the machine
     resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
-    calls = covering_launches(int(sys.argv[2])) if len(sys.argv) > 2 else LAUNCHES
-    print(json.dumps(compile_all(sys.argv[1], calls), indent=1))
+    target, *seeds = sys.argv[1:]
+    calls = covering_launches(target, [target], int(seeds[0])) if seeds else launches_on(target)
+    at_length = AT_LENGTH if target == "sm_90" and not seeds else {}
+    print(json.dumps(compile_all(target, calls, at_length), indent=1))

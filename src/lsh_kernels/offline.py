@@ -20,6 +20,7 @@ from typing import NamedTuple
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
@@ -103,7 +104,7 @@ class Code(NamedTuple):
 def compile_only(target: str):
     """Launches inside compile for `target` and run nothing; yields the list of `Launch`, in order. Tensors may be meta.
     Afterwards the process still has Triton's driver for `target`, so it can launch nothing on a GPU."""
-    launches, run = [], JITFunction.run
+    launches, run, load = [], JITFunction.run, CompiledKernel._init_handles
 
     class Driver:
         def get_current_target(self):
@@ -127,20 +128,20 @@ def compile_only(target: str):
         except Exception as failure:  # whatever the compiler's stages raise
             lines = [line.strip() for line in (str(failure).strip() or repr(failure)).splitlines() if line.strip()]
             error = f"{type(failure).__name__}: {lines[0]} .. {lines[-1]}"[:200]
-        if not warmup:
-            launches.append(Launch(self.fn.__name__, arguments, math.prod(grid), None if error else kernel, error))
-        elif kernel is not None and kernel.metadata.target.backend == "cuda":
-            # a launcher that compiles before it launches wants to know what the driver says of a kernel once loaded
-            code = inspect(kernel)
-            kernel.module, kernel.n_regs, kernel.n_spills = kernel.kernel, code.registers, code.stack // 4
+        launches.append(Launch(self.fn.__name__, arguments, math.prod(grid), None if error else kernel, error))
         return kernel
 
+    def describe(kernel):
+        # what the driver says of a kernel once it is loaded
+        code = inspect(kernel)
+        kernel.n_regs, kernel.n_spills = code.registers, code.stack // 4
+
     triton.runtime.driver.set_active(Driver())
-    JITFunction.run = only_compile
+    JITFunction.run, CompiledKernel._init_handles = only_compile, describe
     try:
         yield launches
     finally:
-        JITFunction.run = run
+        JITFunction.run, CompiledKernel._init_handles = run, load
 
 
 @functools.cache
@@ -170,7 +171,8 @@ def _read_cubin(kernel) -> Code:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = _run(knobs.nvidia.nvdisasm.path, "-gp", "-c", file.name)
+        # no jump through a table here, whose targets an analysis of the data flow would find
+        sass = _run(knobs.nvidia.nvdisasm.path, "-gp", "-c", "-ndf", file.name)
     sources = _ptx_sources(kernel.asm["ptx"])
     instructions, source, labels = [], None, ()
     for line in sass.splitlines():
