@@ -167,9 +167,10 @@ def load_rows(ptr, rows, stride, row_mask, D: tl.constexpr, BLOCK_D: tl.constexp
     mask = (offs_d < D)[None, :]
     if row_mask is not None:
         mask = mask & row_mask[:, None]
-    # no position is negative, and extended by zeros it takes half the instructions to multiply in 64 bits
-    offs = rows.to(tl.uint32).to(tl.int64)[:, None] * stride + offs_d[None, :]
-    return tl.load(ptr + offs, mask=mask, other=0.0)
+    if rows.dtype == tl.int32:
+        # none is negative: extended by zeros they take half the instructions to multiply in 64 bits
+        rows = rows.to(tl.uint32)
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
