@@ -15,7 +15,7 @@ def target_options(kernel):
     whatever Triton specialises on, each variant is settled before its first launch and the same in every process.
 
     num_warps is in warps of 32 lanes. On CUDA ptxas spills a few registers where that makes room for one more program per
-    SM: such programs are taken away again until nothing is spilled."""
+    SM: such programs are taken away again until nothing is spilled, and where that does not help no tile is fetched ahead."""
     # the interpreter compiles nothing
     if hasattr(kernel, "_do_compile"):
         kernel._do_compile = functools.partial(_compile, kernel._do_compile)
@@ -35,9 +35,12 @@ def _compile(compile_once, key, signature, device, constexprs, options, attrs, w
         # as in Triton's tutorial of fused softmax
         compiled._init_handles()
         more = more_registers(max(compiled.n_regs, options.maxnreg or 0), options.num_warps)
-        if not compiled.n_spills or more is None:
+        if compiled.n_spills and more is not None:
+            options = replace(options, maxnreg=more)
+        elif compiled.n_spills and options.num_stages > 1:
+            options = replace(options, maxnreg=None, num_stages=1)
+        else:
             return compiled
-        options = replace(options, maxnreg=more)
 
 
 def more_registers(n_registers, num_warps):

@@ -92,7 +92,7 @@ def _attention_fwd_kernel(
         q_mask = tl.load(padding_ptr + b * S + q_pos) == 0
     q_ptr += b * q_strides[0] + h * q_strides[1]
     q = load_rows(q_ptr, q_pos, q_strides[2], q_mask, TILE.D, BLOCK_D)  # [M, BLOCK_D]
-    # what queries see in so many rounds does not fit into registers, on AMD less of it than on CUDA
+    # what queries see in more rounds fills the registers: on CUDA they spill, on AMD a scheduler has room for one warp
     MANY_ROUNDS: tl.constexpr = MODE.DEDUPE and MODE.ROUNDS > (16 if MODE.SHARED and not is_hip() else 8)
     FEW_ROUNDS: tl.constexpr = MODE.DEDUPE and not MANY_ROUNDS
     seen, seen_widths = (), ()
@@ -215,7 +215,7 @@ def attend_rounds(query, key, value, key_padding_mask, seed, state, options, inv
     coords, limits = interval_tables(state, mode, n_buckets, L, S)
     out = torch.empty((B, H, mode.ROUNDS, L, Dv), dtype=query.dtype, device=query.device)
     lse = torch.empty((B, H, mode.ROUNDS, L), dtype=torch.float32, device=query.device)
-    tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode.DEDUPE)
+    tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode)
     keys = query if shared else key
     keep_from, keep_scale = dropout_args(o.dropout_p)
     n_tiles = ceil_div(L, tile.M)
@@ -241,14 +241,14 @@ def inverse_norms(x, key_padding_mask, norm_eps=0.0):
     return out
 
 
-def _launch_config(D, Dv, dtype, dedupe):
+def _launch_config(D, Dv, dtype, mode):
     """(tile, num_warps, num_stages). Cost follows the tiles walked, not the window: small key tiles win."""
     block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
     widest = max(block_d, block_dv)
-    # IEEE fp32 products go through the FMA units and hold their operands in registers; at 128 dims so do the intervals of
-    # other rounds, while without them sm_80 and sm_90 spill with 32 rows and not with 64
+    # IEEE fp32 products go through the FMA units and hold their operands in registers; with 64 rows of 128 dims dedupe and
+    # dropout leave room for two programs per SM, and on sm_80 some spill
     large = dtype == torch.float32 or widest > 128
-    block_m = 32 if large or (widest == 128 and dedupe) else 64
+    block_m = 32 if large or (widest == 128 and (mode.DEDUPE or mode.DROPOUT)) else 64
     return Tile(D, Dv, block_d, block_dv, block_m, 16 if large else 32), 4, 2
 
 

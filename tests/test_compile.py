@@ -79,12 +79,9 @@ def attention_bwd(*args, in_place=None, **kwargs):
     attention_call(attend, *args, **kwargs)
 
 
-def attention_options(attend, config, keys, causal, padded, dropout_p, R, local_window, dedupe, D, dtype, unaligned, **rest):
+def attention_options(attend, config, padded, R, D, **rest):
     """A call in the words of the covering cases."""
-    fields = {"dedupe": dedupe, **CONFIGS[config], "n_hashes": R, "local_window": local_window, **rest}
-    attend(
-        head_dim=D, dtype=dtype, causal=causal, keys=keys, mask=padded, dropout_p=dropout_p, unaligned=unaligned, **fields
-    )  # fmt: skip
+    attend(head_dim=D, mask=padded, n_hashes=R, **{**rest, **CONFIGS[config]})
 
 
 def hash_sort(length=1024, head_dim=64, dtype=torch.bfloat16, factors=(32, 64), mask=False):
@@ -254,6 +251,7 @@ COVERING = {
     "local_window": [0, 8],
     "dedupe": [False, True],
     "D": [8, 24, 40, 64, 96, 128],
+    "value_dim": [None, 24, 128],
     "dtype": [torch.float16, torch.bfloat16],
     "unaligned": [False, True],
 }
@@ -268,7 +266,7 @@ def covering_launches(target, targets=TARGETS, seed=0):
     ):
         for case in covering_cases({**factors, "target": targets}, seed):
             if case.pop("target") == target:
-                wide = case["D"] >= 64 and not case["unaligned"]
+                wide = case["D"] >= 64 and case["value_dim"] is None and not case["unaligned"]
                 call = functools.partial(attention_options, attend, **case)
                 launches[f"{attend.__name__}-{name_of(case)}"] = call, n_bytes * wide
     return launches
