@@ -125,7 +125,7 @@ def dense_bwd(q, k, v, out, lse, dout, scale, block_m, block_n, **options):
     return dq, dk, dv
 
 
-_COMPILER_OPTIONS = ("num_warps", "num_stages", "matrix_instr_nonkdim")
+_COMPILER_OPTIONS = ("num_warps", "num_stages", "maxnreg", "matrix_instr_nonkdim")
 # our kernel: its dense twin
 _TWINS = {"_attention_fwd_kernel": "_dense_fwd_kernel", "_attention_bwd_kernel": "_dense_bwd_kernel"}
 
