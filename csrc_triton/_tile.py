@@ -13,7 +13,7 @@ _LEAST = tl.constexpr(-3.4028234663852886e38)
 
 
 class Tile(NamedTuple):
-    """Head dims and what they are padded to, queries and keys of a tile."""
+    """Head dims and what they are padded to, queries and keys of a tile, elements that strides are multiples of."""
 
     D: int
     DV: int
@@ -21,6 +21,7 @@ class Tile(NamedTuple):
     BLOCK_DV: int
     M: int
     N: int
+    ALIGN: int = 1
 
 
 class Mode(NamedTuple):
@@ -79,6 +80,13 @@ def divisor(d):
     """
     shift = (d - 1).bit_length()
     return -(-(2 ** (31 + shift)) // d) - 2**32, shift
+
+
+def common_align(*tensors):
+    """Elements of 16 bytes if all strides of the tensors but their last are multiples of them, else 1. Triton itself looks for
+    multiples of 16 elements."""
+    align = 16 // tensors[0].element_size()
+    return 1 if any(stride % align for x in tensors for stride in x.stride()[:-1]) else align
 
 
 def dropout_args(dropout_p):
@@ -161,7 +169,17 @@ def position_mask(valid_mask, k_pos, q_pos, MODE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, rows, stride, row_mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def at_head(ptr, strides, b, h, ALIGN: tl.constexpr):
+    """Pointer to the rows of one head."""
+    offs = b * strides[0] + h * strides[1]
+    # a hint to the compiler, which would load rows of 24 one element at a time; on an argument of a function it is lost
+    if ALIGN > 1:
+        offs = tl.multiple_of(offs, ALIGN)
+    return ptr + offs
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, row_mask, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
     """Rows of D columns as a tile [rows, BLOCK_D], zeros where there is nothing. ptr: to the head. row_mask may be None."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_d < D)[None, :]
@@ -170,7 +188,10 @@ def load_rows(ptr, rows, stride, row_mask, D: tl.constexpr, BLOCK_D: tl.constexp
     if rows.dtype == tl.int32:
         # none is negative: extended by zeros they take half the instructions to multiply in 64 bits
         rows = rows.to(tl.uint32)
-    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :], mask=mask, other=0.0)
+    offs = rows.to(tl.int64) * stride
+    if ALIGN > 1:
+        offs = tl.multiple_of(offs, ALIGN)
+    return tl.load(ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit

@@ -17,7 +17,9 @@ from ._options import target_options
 from ._tile import (
     FAR,
     Tile,
+    at_head,
     ceil_div,
+    common_align,
     divide,
     divisor,
     dropout_args,
@@ -114,12 +116,12 @@ def _attention_bwd_kernel(
     if CHECK_PADDING and (MODE.SHARED or PART == "keys"):
         used_mask = tl.load(padding_ptr + b * S + pos) == 0
     order_round = 0 if MODE.WRAP else r
-    k_ptr += b * k_strides[0] + h_kv * k_strides[1]
-    v_ptr += b * v_strides[0] + h_kv * v_strides[1]
+    k_ptr = at_head(k_ptr, k_strides, b, h_kv, TILE.ALIGN)
+    v_ptr = at_head(v_ptr, v_strides, b, h_kv, TILE.ALIGN)
 
     if PART != "queries":
-        own_k = load_rows(k_ptr, pos, k_strides[2], used_mask, TILE.D, BLOCK_D)  # [M, BLOCK_D]
-        own_v = load_rows(v_ptr, pos, v_strides[2], used_mask, TILE.DV, BLOCK_DV)  # [M, BLOCK_DV]
+        own_k = load_rows(k_ptr, pos, k_strides[2], used_mask, TILE.D, BLOCK_D, TILE.ALIGN)  # [M, BLOCK_D]
+        own_v = load_rows(v_ptr, pos, v_strides[2], used_mask, TILE.DV, BLOCK_DV, TILE.ALIGN)  # [M, BLOCK_DV]
         key_scale = tl.zeros([BLOCK_M], tl.float32) + logit_scale
         if MODE.SHARED:
             own_inverse_norm = tl.load(inverse_norm_ptr + pid_own * L + pos)
@@ -157,10 +159,10 @@ def _attention_bwd_kernel(
                 if CHECK_PADDING and MODE.SHARED:
                     # a padded query is a row of zeros
                     q_mask = tl.load(padding_ptr + b * S + q_pos) == 0
-                q_rows_ptr = q_ptr + b * q_strides[0] + h * q_strides[1]
-                q = load_rows(q_rows_ptr, q_pos, q_strides[2], q_mask, TILE.D, BLOCK_D)  # [N, BLOCK_D]
-                dout_rows_ptr = dout_ptr + b * dout_strides[0] + h * dout_strides[1]
-                dout = load_rows(dout_rows_ptr, q_pos, dout_strides[2], None, TILE.DV, BLOCK_DV)  # [N, BLOCK_DV]
+                q_rows_ptr = at_head(q_ptr, q_strides, b, h, TILE.ALIGN)
+                q = load_rows(q_rows_ptr, q_pos, q_strides[2], q_mask, TILE.D, BLOCK_D, TILE.ALIGN)  # [N, BLOCK_D]
+                dout_rows_ptr = at_head(dout_ptr, dout_strides, b, h, TILE.ALIGN)
+                dout = load_rows(dout_rows_ptr, q_pos, dout_strides[2], None, TILE.DV, BLOCK_DV, TILE.ALIGN)  # [N, BLOCK_DV]
                 stats_ptrs = stats_ptr + (pid_bh * L + q_pos) * 2
                 lse, delta = tl.load(stats_ptrs), tl.load(stats_ptrs + 1)
 
@@ -211,9 +213,10 @@ def _attention_bwd_kernel(
     if PART != "keys":
         lo, hi = query_interval(slots, pos, r, row, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE)
         first, last = walk_range(lo, hi)
-        own_q = load_rows(q_ptr + b * q_strides[0] + h_own * q_strides[1], pos, q_strides[2], used_mask, TILE.D, BLOCK_D)
-        dout_ptr += b * dout_strides[0] + h_own * dout_strides[1]
-        own_dout = load_rows(dout_ptr, pos, dout_strides[2], None, TILE.DV, BLOCK_DV)  # [M, BLOCK_DV]
+        own_q_ptr = at_head(q_ptr, q_strides, b, h_own, TILE.ALIGN)
+        own_q = load_rows(own_q_ptr, pos, q_strides[2], used_mask, TILE.D, BLOCK_D, TILE.ALIGN)
+        dout_ptr = at_head(dout_ptr, dout_strides, b, h_own, TILE.ALIGN)
+        own_dout = load_rows(dout_ptr, pos, dout_strides[2], None, TILE.DV, BLOCK_DV, TILE.ALIGN)  # [M, BLOCK_DV]
         stats_ptrs = stats_ptr + (pid_own * L + pos) * 2
         own_lse, own_delta = tl.load(stats_ptrs), tl.load(stats_ptrs + 1)
         seen, seen_widths = (), ()
@@ -229,8 +232,8 @@ def _attention_bwd_kernel(
             k_mask = None
             if CHECK_PADDING:
                 k_mask = tl.load(padding_ptr + b * S + k_pos) == 0
-            k = load_rows(k_ptr, k_pos, k_strides[2], k_mask, TILE.D, BLOCK_D)  # [N, BLOCK_D]
-            v = load_rows(v_ptr, k_pos, v_strides[2], k_mask, TILE.DV, BLOCK_DV)  # [N, BLOCK_DV]
+            k = load_rows(k_ptr, k_pos, k_strides[2], k_mask, TILE.D, BLOCK_D, TILE.ALIGN)  # [N, BLOCK_D]
+            v = load_rows(v_ptr, k_pos, v_strides[2], k_mask, TILE.DV, BLOCK_DV, TILE.ALIGN)  # [N, BLOCK_DV]
             valid_mask = is_within(offs_n[None, :], (lo - start)[:, None], (hi - lo)[:, None])  # [M, N]
             valid_mask = position_mask(valid_mask, k_pos[None, :], pos[:, None], MODE)
             if CHECK_PADDING:
@@ -314,6 +317,7 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
     keys = query if shared else key
     k_order = state.q_order if state.k_order is None else state.k_order
     keep = dropout_args(o.dropout_p)
+    align = common_align(query, keys, value, dout)
     for first_round in range(mode.ROUNDS) if in_place else (0,):
         for part, (n_heads, length, gradients) in parts.items():
             tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode, part, in_place)
@@ -323,7 +327,7 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
                 state.q_order, state.q_stretched, k_order, coords, limits, gradients,
                 query.stride(), keys.stride(), value.stride(), dout.stride(), H, Hkv, L, S, n_buckets, first_round, n_parts,
                 divisor(n_tiles), divisor(n_parts), divisor(n_heads), o.scale, o.scale * _LOG2_E, *keep, MODE=mode,
-                TILE=tile, PART=part, IN_PLACE=in_place, num_warps=num_warps, num_stages=num_stages,
+                TILE=tile._replace(ALIGN=align), PART=part, IN_PLACE=in_place, num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
     gradients = [part[2] for part in parts.values()]
     inputs = dout, dlse, query, key, value, padding, seed, inverse_norm

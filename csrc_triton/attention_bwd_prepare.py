@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._options import target_options
-from ._tile import ceil_div, inverse_norm_of, load_rows, next_power_of_2
+from ._tile import at_head, ceil_div, common_align, inverse_norm_of, load_rows, next_power_of_2
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -23,6 +23,7 @@ def _attention_bwd_prepare_kernel(
     stats_ptr, inverse_norm_ptr,           # outputs  [B, H, L, 2], [B, H, L] if shared
     dout_strides, q_strides, H, L, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M positions of one head. It writes lse in base 2 (inf where there is no target: then P = 0)
     and delta side by side, since they are gathered together, and the inverse norm of shared keys, 0 for zero and for
@@ -35,9 +36,9 @@ def _attention_bwd_prepare_kernel(
     row_mask = offs_m < L
     offs_row = pid_bh * L + offs_m
 
-    dout_ptr += b * dout_strides[0] + h * dout_strides[1]
-    out = load_rows(out_ptr + pid_bh * L * DV, offs_m, DV, row_mask, DV, BLOCK_DV).to(tl.float32)
-    dout = load_rows(dout_ptr, offs_m, dout_strides[2], row_mask, DV, BLOCK_DV).to(tl.float32)
+    out = load_rows(out_ptr + pid_bh * L * DV, offs_m, DV, row_mask, DV, BLOCK_DV, 1).to(tl.float32)
+    dout_ptr = at_head(dout_ptr, dout_strides, b, h, ALIGN)
+    dout = load_rows(dout_ptr, offs_m, dout_strides[2], row_mask, DV, BLOCK_DV, ALIGN).to(tl.float32)
     delta = tl.sum(out * dout, 1)
     lse = tl.load(lse_ptr + offs_row, mask=row_mask, other=0.0)
     no_target_mask = lse == float("-inf")
@@ -50,8 +51,8 @@ def _attention_bwd_prepare_kernel(
         used_mask = row_mask
         if padding_ptr is not None:
             used_mask &= tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=1) == 0
-        q_ptr += b * q_strides[0] + h * q_strides[1]
-        q = load_rows(q_ptr, offs_m, q_strides[2], used_mask, D, BLOCK_D).to(tl.float32)
+        q_ptr = at_head(q_ptr, q_strides, b, h, ALIGN)
+        q = load_rows(q_ptr, offs_m, q_strides[2], used_mask, D, BLOCK_D, ALIGN).to(tl.float32)
         tl.store(inverse_norm_ptr + offs_row, inverse_norm_of(q, eps), mask=row_mask)
 
 
@@ -67,5 +68,6 @@ def prepare_bwd(out, dout, lse, dlse, query, padding, norm_eps, shared):
     _attention_bwd_prepare_kernel[(B * H * ceil_div(L, block_m),)](
         out, dout, lse, dlse, query if shared else None, padding, stats, inverse_norm, dout.stride(), query.stride(), H, L,
         float(D * norm_eps), D=D, BLOCK_D=block_d, DV=Dv, BLOCK_DV=block_dv, BLOCK_M=block_m,
+        ALIGN=common_align(dout, query),
     )  # fmt: skip
     return stats, inverse_norm

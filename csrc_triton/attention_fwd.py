@@ -10,7 +10,9 @@ from triton.language.target_info import is_hip
 from ._options import target_options
 from ._tile import (
     Tile,
+    at_head,
     ceil_div,
+    common_align,
     divide,
     divisor,
     dropout_args,
@@ -90,8 +92,8 @@ def _attention_fwd_kernel(
     q_mask = None
     if CHECK_PADDING and MODE.SHARED:
         q_mask = tl.load(padding_ptr + b * S + q_pos) == 0
-    q_ptr += b * q_strides[0] + h * q_strides[1]
-    q = load_rows(q_ptr, q_pos, q_strides[2], q_mask, TILE.D, BLOCK_D)  # [M, BLOCK_D]
+    q_ptr = at_head(q_ptr, q_strides, b, h, TILE.ALIGN)
+    q = load_rows(q_ptr, q_pos, q_strides[2], q_mask, TILE.D, BLOCK_D, TILE.ALIGN)  # [M, BLOCK_D]
     # what queries see in more rounds fills the registers: on CUDA they spill, on AMD a scheduler has room for one warp
     MANY_ROUNDS: tl.constexpr = MODE.DEDUPE and MODE.ROUNDS > (16 if MODE.SHARED and not is_hip() else 8)
     FEW_ROUNDS: tl.constexpr = MODE.DEDUPE and not MANY_ROUNDS
@@ -106,8 +108,8 @@ def _attention_fwd_kernel(
     if MODE.HASHED:
         # with wrap slots count through all rounds
         k_order_ptr += (pid_kv * MODE.R + (0 if MODE.WRAP else r)) * S
-    k_ptr += b * k_strides[0] + hkv * k_strides[1]
-    v_ptr += b * v_strides[0] + hkv * v_strides[1]
+    k_ptr = at_head(k_ptr, k_strides, b, hkv, TILE.ALIGN)
+    v_ptr = at_head(v_ptr, v_strides, b, hkv, TILE.ALIGN)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -116,7 +118,7 @@ def _attention_fwd_kernel(
         k_mask = None
         if CHECK_PADDING:
             k_mask = tl.load(padding_ptr + b * S + k_pos) == 0
-        k = load_rows(k_ptr, k_pos, k_strides[2], k_mask, TILE.D, BLOCK_D)  # [N, BLOCK_D]
+        k = load_rows(k_ptr, k_pos, k_strides[2], k_mask, TILE.D, BLOCK_D, TILE.ALIGN)  # [N, BLOCK_D]
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MODE.SHARED:
             inverse_norm = tl.load(inverse_norm_ptr + pid_bh * L + k_pos)
@@ -140,7 +142,7 @@ def _attention_fwd_kernel(
         if MODE.DROPOUT:
             keep_mask = dropout_keep(seed_ptr, k_pos[None, :], q_pos[:, None], h, b, keep_from)
             probs = tl.where(keep_mask, probs, 0.0)
-        v = load_rows(v_ptr, k_pos, v_strides[2], k_mask, TILE.DV, BLOCK_DV)  # [N, BLOCK_DV]
+        v = load_rows(v_ptr, k_pos, v_strides[2], k_mask, TILE.DV, BLOCK_DV, TILE.ALIGN)  # [N, BLOCK_DV]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
 
     alive_mask = row_mask & (l_i != 0.0)
@@ -217,6 +219,7 @@ def attend_rounds(query, key, value, key_padding_mask, seed, state, options, inv
     lse = torch.empty((B, H, mode.ROUNDS, L), dtype=torch.float32, device=query.device)
     tile, num_warps, num_stages = _launch_config(D, Dv, query.dtype, mode)
     keys = query if shared else key
+    tile = tile._replace(ALIGN=common_align(query, keys, value))
     keep_from, keep_scale = dropout_args(o.dropout_p)
     n_tiles = ceil_div(L, tile.M)
     _attention_fwd_kernel[(B * H * mode.ROUNDS * n_tiles,)](

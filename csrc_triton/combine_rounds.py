@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._options import target_options
-from ._tile import ceil_div, dropout_args, dropout_keep, load_rows, next_power_of_2, store_rows, unmarked
+from ._tile import at_head, ceil_div, common_align, dropout_args, dropout_keep, load_rows, next_power_of_2, store_rows, unmarked
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -68,8 +68,9 @@ def _combine_rounds_fwd_kernel(
     q_ptr, k_ptr, v_ptr, inverse_norm_ptr, padding_ptr, seed_ptr,  # inputs of SelfOnly, which is None or a _Case
     stretched_ptr,                   # in and out [B, H, R_HASHED, L] contiguous
     combined_ptr, combined_lse_ptr,  # outputs  [B, H, L, DV], [B, H, L] contiguous
-    out_strides, q_strides, k_strides, v_strides, H, HKV, L, scale, keep_from, keep_scale,
+    q_strides, k_strides, v_strides, H, HKV, L, scale, keep_from, keep_scale,
     R: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SELF: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M positions of one head: reads their R partial rows and log-sum-exps, weighs the rows by
     softmax(lse) and writes one row and one lse per position. A round with lse = -inf is not read. With SELF a query
@@ -93,7 +94,7 @@ def _combine_rounds_fwd_kernel(
 
     # weights are divided by their own sum: exp(lse_r - lse) would lose digits where lse is large
     lse_ptrs = lse_ptr + pid_bh * R * L + offs_m
-    out_ptrs = out_ptr + b * out_strides[0] + h * out_strides[1] + offs_m[:, None] * out_strides[3] + offs_d[None, :]
+    out_ptrs = out_ptr + pid_bh * R * L * DV + offs_m[:, None] * DV + offs_d[None, :]
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for _ in tl.static_range(R):
@@ -105,7 +106,7 @@ def _combine_rounds_fwd_kernel(
         acc += weight[:, None] * out.to(tl.float32)
         # steps, since r * stride could leave 32 bits
         lse_ptrs += L
-        out_ptrs += out_strides[2]
+        out_ptrs += L.to(tl.int64) * DV
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)
     offs_row = pid_bh * L + offs_m
@@ -116,23 +117,19 @@ def _combine_rounds_fwd_kernel(
         if SELF.HAS_PADDING:
             alone_mask &= tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=1) == 0
         hkv = h // (H // HKV)
-        v_ptrs = v_ptr + b * v_strides[0] + hkv * v_strides[1] + offs_m[:, None] * v_strides[2] + offs_d[None, :]
-        v = tl.load(v_ptrs, mask=alone_mask[:, None] & col_mask[None, :], other=0.0).to(tl.float32)
+        v = load_alone(v_ptr, v_strides, b, hkv, offs_m, alone_mask, DV, BLOCK_D, ALIGN)
         if SELF.DROPOUT:
             offs_i = offs_m.to(tl.int32)
             v *= tl.where(dropout_keep(seed_ptr, offs_i, offs_i, h, b, keep_from), keep_scale, 0.0)[:, None]
         # rows that found keys have v = 0 here
         combined += v
-        offs_qk = tl.arange(0, SELF.BLOCK_D)
-        qk_mask = alone_mask[:, None] & (offs_qk < SELF.D)[None, :]
-        q_ptrs = q_ptr + b * q_strides[0] + h * q_strides[1] + offs_m[:, None] * q_strides[2] + offs_qk[None, :]
-        q = tl.load(q_ptrs, mask=qk_mask, other=0.0).to(tl.float32)
+        q = load_alone(q_ptr, q_strides, b, h, offs_m, alone_mask, SELF.D, SELF.BLOCK_D, ALIGN)
         if SELF.SHARED:
             inverse_norm = tl.load(inverse_norm_ptr + offs_row, mask=alone_mask, other=0.0)
             own_logit = tl.sum(q * q, 1) * inverse_norm * scale - 1e5
         else:
-            k_ptrs = k_ptr + b * k_strides[0] + hkv * k_strides[1] + offs_m[:, None] * k_strides[2] + offs_qk[None, :]
-            own_logit = tl.sum(q * tl.load(k_ptrs, mask=qk_mask, other=0.0).to(tl.float32), 1) * scale
+            k = load_alone(k_ptr, k_strides, b, hkv, offs_m, alone_mask, SELF.D, SELF.BLOCK_D, ALIGN)
+            own_logit = tl.sum(q * k, 1) * scale
         total = tl.where(alone_mask, own_logit, total)
         stretched_ptrs = stretched_ptr + (pid_bh * SELF.R_HASHED + SELF.R_HASHED - 1) * L + offs_m
         stretched = tl.load(stretched_ptrs, mask=alone_mask, other=0)
@@ -147,16 +144,16 @@ def sum_rounds(ptr, rows, row_mask, n_rows, WIDTH: tl.constexpr, D: tl.constexpr
     """Sum over rounds of D columns of the rows of WIDTH, n_rows per round: fp32 [rows, BLOCK_D]. ptr: to the first round."""
     acc = tl.zeros([rows.shape[0], BLOCK_D], tl.float32)
     for _ in tl.static_range(R):
-        acc += load_rows(ptr, rows, WIDTH, row_mask, D, BLOCK_D).to(tl.float32)
+        acc += load_rows(ptr, rows, WIDTH, row_mask, D, BLOCK_D, 1).to(tl.float32)
         # n_rows * WIDTH could leave 32 bits
         rows += n_rows
     return acc
 
 
 @triton.jit
-def load_alone(ptr, strides, b, h, rows, alone_mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_alone(ptr, strides, b, h, rows, alone_mask, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
     """fp32 rows of a user's tensor where a query attends only itself, else zeros."""
-    return load_rows(ptr + b * strides[0] + h * strides[1], rows, strides[2], alone_mask, D, BLOCK_D).to(tl.float32)
+    return load_rows(at_head(ptr, strides, b, h, ALIGN), rows, strides[2], alone_mask, D, BLOCK_D, ALIGN).to(tl.float32)
 
 
 @triton.jit
@@ -179,7 +176,7 @@ def _combine_rounds_bwd_kernel(
     dq_ptr, dk_ptr, dv_ptr,    # outputs  [B, H, L, D], [B, HKV, S, D], [B, HKV, S, DV] contiguous
     dout_strides, q_strides, k_strides, H, HKV, L, S, n_q_programs, scale, keep_from, keep_scale,
     R: tl.constexpr, SHARED: tl.constexpr, SELF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M positions of one head: of a query head (dq), of a key head (dk and dv; these programs come
     last) or, with shared QK, of both. It adds up what the rounds give its rows and, with SELF, what queries that attend only
@@ -196,7 +193,7 @@ def _combine_rounds_bwd_kernel(
         if SELF is not None:
             if SELF.HAS_DLSE:
                 alone_mask, dlogit = own_dlogit(dlse_ptr, stretched_ptr, pid_bh, rows, row_mask, L, scale, SELF)
-                dq += dlogit[:, None] * load_alone(k_ptr, k_strides, b, h // (H // HKV), rows, alone_mask, D, BLOCK_D)
+                dq += dlogit[:, None] * load_alone(k_ptr, k_strides, b, h // (H // HKV), rows, alone_mask, D, BLOCK_D, ALIGN)
         store_rows(dq_ptr + pid_bh * L * D, rows, dq, row_mask, D)
     else:
         WIDTH: tl.constexpr = D + DV
@@ -218,17 +215,17 @@ def _combine_rounds_bwd_kernel(
                 h = (pid_kv % HKV) * group + g
                 pid_bh = b * H + h
                 alone_mask, dlogit = own_dlogit(dlse_ptr, stretched_ptr, pid_bh, rows, row_mask, L, scale, SELF)
-                dout = load_alone(dout_ptr, dout_strides, b, h, rows, alone_mask, DV, BLOCK_DV)
+                dout = load_alone(dout_ptr, dout_strides, b, h, rows, alone_mask, DV, BLOCK_DV, ALIGN)
                 if SELF.DROPOUT:
                     offs_i = rows.to(tl.int32)
                     dout *= tl.where(dropout_keep(seed_ptr, offs_i, offs_i, h, b, keep_from), keep_scale, 0.0)[:, None]
                 dv += dout
                 if SELF.HAS_DLSE:
-                    dunit = dlogit[:, None] * load_alone(q_ptr, q_strides, b, h, rows, alone_mask, D, BLOCK_D)
+                    dunit = dlogit[:, None] * load_alone(q_ptr, q_strides, b, h, rows, alone_mask, D, BLOCK_D, ALIGN)
                     if SHARED:
                         # through the query, and through the norm of the key
                         inverse_norm = tl.load(inverse_norm_ptr + pid_bh * L + rows, mask=alone_mask, other=0.0)[:, None]
-                        unit = inverse_norm * load_alone(q_ptr, q_strides, b, h, rows, alone_mask, D, BLOCK_D)
+                        unit = inverse_norm * load_alone(q_ptr, q_strides, b, h, rows, alone_mask, D, BLOCK_D, ALIGN)
                         dk += dlogit[:, None] * unit + (dunit - unit * tl.sum(unit * dunit, 1)[:, None]) * inverse_norm
                     else:
                         dk += dunit
@@ -240,7 +237,8 @@ def combine_rounds(out, lse, self_only=None):
     """Softmax over rounds: `combined = sum_r exp(lse_r - lse) out_r`, `lse = logsumexp_r lse_r`.
 
     Args:
-        out: [B, H, R, L, Dv], each round's attention output; fp16, bf16 or fp32; last dimension contiguous.
+        out: [B, H, R, L, Dv], each round's attention output; fp16, bf16 or fp32; last dimension contiguous,
+            copied if the others are not.
         lse: [B, H, R, L] float32, natural log; -inf where a round has nothing (its row of `out` is then not read).
         self_only: a `SelfOnly`, where a query without any round attends itself and is marked in `q_stretched`.
 
@@ -249,8 +247,7 @@ def combine_rounds(out, lse, self_only=None):
     """
     _check(out, lse)
     B, H, R, L, Dv = out.shape
-    # Triton would compile anew for each pattern of strides divisible by 16, and there are four as L varies
-    lse = lse.contiguous()
+    out, lse = out.contiguous(), lse.contiguous()
     combined = torch.empty((B, H, L, Dv), dtype=out.dtype, device=out.device)
     combined_lse = torch.empty((B, H, L), dtype=torch.float32, device=out.device)
     block_m, block_d, num_warps = _launch_config(Dv, out.dtype)
@@ -263,8 +260,8 @@ def combine_rounds(out, lse, self_only=None):
         qkv = (own.query, own.query if own.key is None else own.key, own.value)
     _combine_rounds_fwd_kernel[(B * H * ceil_div(L, block_m),)](
         out, lse, *qkv, own.inverse_norm, own.padding, own.seed, own.q_stretched, combined, combined_lse,
-        out.stride(), *(x.stride() for x in qkv), H, qkv[2].shape[1], L, own.scale, *dropout_args(own.dropout_p),
-        R=R, DV=Dv, BLOCK_M=block_m, BLOCK_D=block_d, SELF=case, num_warps=num_warps,
+        *(x.stride() for x in qkv), H, qkv[2].shape[1], L, own.scale, *dropout_args(own.dropout_p),
+        R=R, DV=Dv, BLOCK_M=block_m, BLOCK_D=block_d, SELF=case, ALIGN=common_align(*qkv), num_warps=num_warps,
     )  # fmt: skip
     return combined, combined_lse
 
@@ -297,7 +294,8 @@ def combine_rounds_bwd(q_parts, k_parts, call):
         q_parts, k_parts, call.dout, call.dlse, call.query, keys, call.inverse_norm, call.padding, call.seed,
         call.q_stretched, dquery, dquery if shared else dkey, dvalue, call.dout.stride(), call.query.stride(),
         keys.stride(), H, Hkv, L, S, n_q_programs, call.scale, *dropout_args(call.dropout_p), R=q_parts.shape[2],
-        SHARED=shared, SELF=self_only, D=D, BLOCK_D=block_d, DV=Dv, BLOCK_DV=block_dv, BLOCK_M=block_m, num_warps=4,
+        SHARED=shared, SELF=self_only, D=D, BLOCK_D=block_d, DV=Dv, BLOCK_DV=block_dv, BLOCK_M=block_m,
+        ALIGN=common_align(call.dout, call.query, keys), num_warps=4,
     )  # fmt: skip
     return dquery, dkey, dvalue
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._options import target_options
-from ._tile import ceil_div, inverse_norm_of, next_power_of_2
+from ._tile import at_head, ceil_div, common_align, inverse_norm_of, load_rows, next_power_of_2
 from .bucket_sort import MAX_BUCKETS, MAX_LENGTH, TileCounts, clamped_buckets, digit_bins, tile_counts
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -65,6 +65,7 @@ def _hashing_fwd_kernel(
     HAS_PADDING: tl.constexpr, HAS_NORM: tl.constexpr, HAS_COUNTS: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     W: tl.constexpr, FACTORS: tl.constexpr, LOW_BITS: tl.constexpr, BLOCK_BINS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, MAX_BLOCK_W: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M rows of one head and reads them once. For every round it writes their bucket ids and how
     many of them have each low digit, and once 1 / norm. Rotations are read column block by column block; projections
@@ -86,8 +87,7 @@ def _hashing_fwd_kernel(
     # padded rows are read like any other: whatever they hold stays in their own row, whose results are replaced. Had
     # the mask of this load come from a load of bytes, Triton 3.7 for sm_100 would take x for a widened 8-bit type and
     # run the dot in TF32
-    x_ptrs = x_ptr + b * x_strides[0] + h * x_strides[1] + offs_m[:, None] * x_strides[2] + offs_d[None, :]
-    x = tl.load(x_ptrs, mask=row_mask[:, None] & col_mask[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+    x = load_rows(at_head(x_ptr, x_strides, b, h, ALIGN), offs_m, x_strides[2], row_mask, D, BLOCK_D, ALIGN)
     if HAS_PADDING:
         padded_mask = tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=0) != 0
     if HAS_NORM:
@@ -187,7 +187,8 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
         norm_eps or 0.0,
         HAS_PADDING=has_padding, HAS_NORM=norm_eps is not None, HAS_COUNTS=with_counts,
         R=R, D=D, W=sum(factors) // 2, FACTORS=tuple(factors), LOW_BITS=low_bits, BLOCK_BINS=bins[0],
-        BLOCK_M=block_m, BLOCK_D=block_d, MAX_BLOCK_W=block_w, num_warps=num_warps, num_stages=num_stages,
+        BLOCK_M=block_m, BLOCK_D=block_d, MAX_BLOCK_W=block_w, ALIGN=common_align(x),
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return buckets, None if norm_eps is None else inverse_norm, TileCounts(counts, block_m) if with_counts else None
 

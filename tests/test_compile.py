@@ -127,6 +127,8 @@ LAUNCHES = {
     "combine_rounds-fp32-D33": (lambda: combine_rounds(7, 3, 33, torch.float32), 0),
     "combine_rounds-fp16-all-sizes-1": (lambda: combine_rounds(1, 1, 1, torch.float16, n_heads=1), 0),
     "attention_fwd-fp16-D64": (lambda: attention_fwd(), 4 * 4096),
+    "attention_fwd-bf16-D24": (lambda: attention_fwd(head_dim=24, dtype=torch.bfloat16), 2 * 4096),
+    "attention_bwd-fp16-D40": (lambda: attention_bwd(head_dim=40), 4 * 4096),
     "attention_fwd-bf16-D128": (lambda: attention_fwd(head_dim=128, dtype=torch.bfloat16), 8 * 4096),
     "attention_fwd-bf16-D64-grouped": (lambda: attention_fwd(dtype=torch.bfloat16, keys="grouped"), 4 * 4096),
     "attention_fwd-fp16-D128-trax": (lambda: attention_fwd(head_dim=128, causal=False, mask=True, **TRAX), 8 * 4096),
