@@ -250,14 +250,14 @@ def combine_rounds(out, lse, self_only=None):
     out, lse = out.contiguous(), lse.contiguous()
     combined = torch.empty((B, H, L, Dv), dtype=out.dtype, device=out.device)
     combined_lse = torch.empty((B, H, L), dtype=torch.float32, device=out.device)
-    block_m, block_d, num_warps = _launch_config(Dv, out.dtype)
     own = self_only or SelfOnly(None, None, None, None, None, None, None, 1.0, 0.0)
-    case, qkv = None, (out, out, out)
+    case, qkv, D = None, (out, out, out), Dv
     if self_only:
         D = own.query.shape[3]
         qk_block = max(16, next_power_of_2(D))
         case = _Case(own.key is None, own.padding is not None, own.dropout_p > 0, own.q_stretched.shape[2], D, qk_block)
         qkv = (own.query, own.query if own.key is None else own.key, own.value)
+    block_m, block_d, num_warps = _launch_config(D, Dv, out.dtype)
     _combine_rounds_fwd_kernel[(B * H * ceil_div(L, block_m),)](
         out, lse, *qkv, own.inverse_norm, own.padding, own.seed, own.q_stretched, combined, combined_lse,
         *(x.stride() for x in qkv), H, qkv[2].shape[1], L, own.scale, *dropout_args(own.dropout_p),
@@ -300,10 +300,10 @@ def combine_rounds_bwd(q_parts, k_parts, call):
     return dquery, dkey, dvalue
 
 
-def _launch_config(D, dtype):
+def _launch_config(D, Dv, dtype):
     """(BLOCK_M, BLOCK_D, num_warps): a tile of 4 KiB gives each of 128 threads two 128-bit loads per round."""
-    block_d = max(16, next_power_of_2(D))
-    return 4096 // (block_d * dtype.itemsize), block_d, 4
+    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
+    return 4096 // (max(block_d, block_dv) * dtype.itemsize), block_dv, 4
 
 
 def _check(out, lse):
