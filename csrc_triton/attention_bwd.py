@@ -351,7 +351,7 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
     elif widest > 64:
         # where two warps spill: with float32 sums to add to, intervals of many rounds, or all that a pair can depend on
         if mode.SHARED and (in_place or mode.ROUNDS > 5 and (mode.DEDUPE or mode.DROPOUT and mode.LOCAL_WINDOW)):
-            block_n, num_warps = 32, 4
+            block_n, num_warps = 32 if min(block_d, block_dv) > 64 else 16, 4
         elif part == "keys" and mode.DEDUPE and mode.ROUNDS > 5 and (mode.DROPOUT or mode.LOCAL_WINDOW):
             num_warps = 4
     elif mode.DEDUPE:
