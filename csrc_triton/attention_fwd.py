@@ -158,7 +158,7 @@ def _attention_fwd_kernel(
 def _inverse_norm_kernel(
     x_ptr, padding_ptr,  # inputs  [B, H, L, D], [B, L]
     out_ptr,             # output  [B, H, L]
-    x_strides, H, L, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_strides, H, L, eps, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M rows of one head and writes 1 / sqrt(sum(x^2) + eps), 0 for zero and for padded rows."""
     pid = tl.program_id(0)
@@ -166,13 +166,11 @@ def _inverse_norm_kernel(
     pid_bh = (pid // n_tiles).to(tl.int64)
     b, h = pid_bh // H, pid_bh % H
     offs_m = ((pid % n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
     row_mask = offs_m < L
     used_mask = row_mask
     if padding_ptr is not None:
         used_mask &= tl.load(padding_ptr + b * L + offs_m, mask=row_mask, other=1) == 0
-    x_ptrs = x_ptr + b * x_strides[0] + h * x_strides[1] + offs_m[:, None] * x_strides[2] + offs_d[None, :]
-    x = tl.load(x_ptrs, mask=used_mask[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
+    x = load_rows(at_head(x_ptr, x_strides, b, h, ALIGN), offs_m, x_strides[2], used_mask, D, BLOCK_D, ALIGN).to(tl.float32)
     tl.store(out_ptr + pid_bh * L + offs_m, inverse_norm_of(x, eps), mask=row_mask)
 
 
@@ -239,8 +237,9 @@ def inverse_norms(x, key_padding_mask, norm_eps=0.0):
     block_d = max(16, next_power_of_2(D))
     block_m = 4096 // block_d
     _inverse_norm_kernel[(B * H * ceil_div(L, block_m),)](
-        x, key_padding_mask, out, x.stride(), H, L, float(D * norm_eps), D=D, BLOCK_D=block_d, BLOCK_M=block_m
-    )
+        x, key_padding_mask, out, x.stride(), H, L, float(D * norm_eps), D=D, BLOCK_D=block_d, BLOCK_M=block_m,
+        ALIGN=common_align(x),
+    )  # fmt: skip
     return out
 
 
