@@ -73,6 +73,12 @@ def next_power_of_2(n):
     return 1 << (n - 1).bit_length()
 
 
+def block_dim(D, n_rows=1, num_warps=0, itemsize=1):
+    """Columns of a tile that holds n_rows rows of D elements: a power of two, enough for tensor cores, and for each of the
+    threads to have 16 bytes of the tile, which one load fetches then."""
+    return max(16, next_power_of_2(D), 32 * 16 * num_warps // (n_rows * itemsize))
+
+
 def divisor(d):
     """(multiplier, shift) that `divide` divides by d with, 1 <= d < 2^31; the multiplier as the int32 of its bits.
 
@@ -83,10 +89,11 @@ def divisor(d):
 
 
 def common_align(*tensors):
-    """Elements of 16 bytes if all strides of the tensors but their last are multiples of them, else 1. Triton itself looks for
-    multiples of 16 elements."""
+    """Elements of 16 bytes if all strides of the tensors but their last are multiples of them, else 1; 1 as well if they are
+    multiples of 16 elements, for that Triton finds out itself."""
     align = 16 // tensors[0].element_size()
-    return 1 if any(stride % align for x in tensors for stride in x.stride()[:-1]) else align
+    strides = [stride for x in tensors for stride in x.stride()[:-1]]
+    return align if any(stride % 16 for stride in strides) and not any(stride % align for stride in strides) else 1
 
 
 def dropout_args(dropout_p):
@@ -169,13 +176,16 @@ def position_mask(valid_mask, k_pos, q_pos, MODE: tl.constexpr):
 
 
 @triton.jit
+def aligned(stride, ALIGN: tl.constexpr):
+    """A stride that is a multiple of ALIGN, for the compiler to see it: it would load rows of 24 one element at a time. It
+    loses tl.multiple_of on the way to a load, on AMD always."""
+    return stride // ALIGN * ALIGN
+
+
+@triton.jit
 def at_head(ptr, strides, b, h, ALIGN: tl.constexpr):
     """Pointer to the rows of one head."""
-    offs = b * strides[0] + h * strides[1]
-    # a hint to the compiler, which would load rows of 24 one element at a time; on an argument of a function it is lost
-    if ALIGN > 1:
-        offs = tl.multiple_of(offs, ALIGN)
-    return ptr + offs
+    return ptr + b * aligned(strides[0], ALIGN) + h * aligned(strides[1], ALIGN)
 
 
 @triton.jit
@@ -188,9 +198,7 @@ def load_rows(ptr, rows, stride, row_mask, D: tl.constexpr, BLOCK_D: tl.constexp
     if rows.dtype == tl.int32:
         # none is negative: extended by zeros they take half the instructions to multiply in 64 bits
         rows = rows.to(tl.uint32)
-    offs = rows.to(tl.int64) * stride
-    if ALIGN > 1:
-        offs = tl.multiple_of(offs, ALIGN)
+    offs = rows.to(tl.int64) * aligned(stride, ALIGN)
     return tl.load(ptr + offs[:, None] + offs_d[None, :], mask=mask, other=0.0)
 
 

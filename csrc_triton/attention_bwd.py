@@ -18,6 +18,7 @@ from ._tile import (
     FAR,
     Tile,
     at_head,
+    block_dim,
     ceil_div,
     common_align,
     divide,
@@ -28,7 +29,6 @@ from ._tile import (
     load_hashed,
     load_rows,
     mode_of,
-    next_power_of_2,
     position_mask,
     slot_positions,
 )
@@ -143,14 +143,14 @@ def _attention_bwd_kernel(
             h = h_own if MODE.SHARED else h_kv * group + g
             pid_bh = b * H + h
             row_bh = pid_bh * MODE.R + r
+            walk_lo, walk_hi = lo, hi
             if SEARCHED:
-                found_lo, found_hi = search_queries(
+                walk_lo, walk_hi = search_queries(
                     stretched, slots, r, row_bh, q_order_ptr, q_stretched_ptr, limits_ptr, L, S, n_buckets, MODE
                 )
                 if MODE.LOCAL_WINDOW:
-                    found_lo, found_hi = tl.where(r < MODE.R, found_lo, lo), tl.where(r < MODE.R, found_hi, hi)
-                lo, hi = found_lo, found_hi
-            first, last = walk_range(lo, hi)
+                    walk_lo, walk_hi = tl.where(r < MODE.R, walk_lo, lo), tl.where(r < MODE.R, walk_hi, hi)
+            first, last = walk_range(walk_lo, walk_hi)
             order_ptr = q_order_ptr + (pid_bh * MODE.R + order_round) * L
             for start in range(first, last, BLOCK_N):
                 q_slots = tl.minimum(start + offs_n, last - 1)
@@ -166,7 +166,7 @@ def _attention_bwd_kernel(
                 stats_ptrs = stats_ptr + (pid_bh * L + q_pos) * 2
                 lse, delta = tl.load(stats_ptrs), tl.load(stats_ptrs + 1)
 
-                valid_mask = is_within(offs_n[None, :], (lo - start)[:, None], (hi - lo)[:, None])  # [M, N]
+                valid_mask = is_within(offs_n[None, :], (walk_lo - start)[:, None], (walk_hi - walk_lo)[:, None])  # [M, N]
                 if SEARCHED:
                     limits_ptrs = limits_ptr + (row_bh * L + q_pos) * 2
                     seen_from = load_hashed(limits_ptrs, q_slots, r, MODE)
@@ -338,20 +338,26 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
 def _launch_config(D, Dv, dtype, mode, part, in_place):
     """(tile, num_warps, num_stages): two accumulators and the operands of four products live at once, and for dedupe what
     rows see in other rounds, so that tiles are smaller than forward's."""
-    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
-    widest = max(block_d, block_dv)
-    plain = mode.SHARED and mode.ROUNDS <= 5 and not (mode.DROPOUT or mode.LOCAL_WINDOW or in_place)
+    widest = block_dim(max(D, Dv))
+    light = mode.ROUNDS <= 5 and not (mode.DROPOUT or mode.LOCAL_WINDOW or in_place)
+    plain = mode.SHARED and light
     # two warps repeat less of the rows than four do
-    block_m, block_n, num_warps, num_stages = 16, 16, 2, 2
-    if dtype == torch.float32:
-        # products on FMA units take whole rows into registers, and tiles fetched ahead leave them none
-        num_warps, num_stages = (2 if plain else 4) * (2 if widest > 64 and part != "keys" else 1), 1
+    block_m, block_n, num_warps = 16, 16, 2
+    if widest == 16:
+        # rows so short need few threads to fetch them, or many rows
+        if light and dtype != torch.float32:
+            block_m, block_n = 32, 32
+        else:
+            num_warps = 1
+    elif dtype == torch.float32:
+        # products on FMA units take whole rows into registers
+        num_warps = (2 if plain else 4) * (2 if widest > 64 and part != "keys" else 1)
     elif widest > 128:
         num_warps = 4
     elif widest > 64:
         # where two warps spill: with float32 sums to add to, intervals of many rounds, or all that a pair can depend on
         if mode.SHARED and (in_place or mode.ROUNDS > 5 and (mode.DEDUPE or mode.DROPOUT and mode.LOCAL_WINDOW)):
-            block_n, num_warps = 32 if min(block_d, block_dv) > 64 else 16, 4
+            block_n, num_warps = 32 if min(D, Dv) > 64 else 16, 4
         elif part == "keys" and mode.DEDUPE and mode.ROUNDS > 5 and (mode.DROPOUT or mode.LOCAL_WINDOW):
             num_warps = 4
     elif mode.DEDUPE:
@@ -361,7 +367,9 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
             num_warps = 4
     else:
         block_m, block_n, num_warps = 16 if in_place else 32, 32, 2 if plain else 4
-    return Tile(D, Dv, block_d, block_dv, block_m, block_n), num_warps, num_stages
+    blocks = (block_dim(d, min(block_m, block_n), num_warps, dtype.itemsize) for d in (D, Dv))
+    # beside products on FMA units, tiles fetched ahead find no registers
+    return Tile(D, Dv, *blocks, block_m, block_n), num_warps, 1 if dtype == torch.float32 else 2
 
 
 def _check_gradients(dout, dlse, query, value, out, lse):

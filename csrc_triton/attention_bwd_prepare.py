@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._options import target_options
-from ._tile import at_head, ceil_div, common_align, inverse_norm_of, load_rows, next_power_of_2
+from ._tile import at_head, block_dim, ceil_div, common_align, inverse_norm_of, load_rows
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -63,8 +63,8 @@ def prepare_bwd(out, dout, lse, dlse, query, padding, norm_eps, shared):
     D = query.shape[3]
     stats = torch.empty((B, H, L, 2), dtype=torch.float32, device=out.device)
     inverse_norm = torch.empty((B, H, L), dtype=torch.float32, device=out.device) if shared else None
-    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
-    block_m = 4096 // max(block_d, block_dv)
+    block_m = 4096 // block_dim(max(D, Dv))
+    block_d, block_dv = (block_dim(d, block_m, 4, query.element_size()) for d in (D, Dv))
     _attention_bwd_prepare_kernel[(B * H * ceil_div(L, block_m),)](
         out, dout, lse, dlse, query if shared else None, padding, stats, inverse_norm, dout.stride(), query.stride(), H, L,
         float(D * norm_eps), D=D, BLOCK_D=block_d, DV=Dv, BLOCK_DV=block_dv, BLOCK_M=block_m,

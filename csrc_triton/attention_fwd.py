@@ -11,6 +11,7 @@ from ._options import target_options
 from ._tile import (
     Tile,
     at_head,
+    block_dim,
     ceil_div,
     common_align,
     divide,
@@ -22,7 +23,6 @@ from ._tile import (
     load_rows,
     log2_of,
     mode_of,
-    next_power_of_2,
     online_softmax,
     position_mask,
     slot_positions,
@@ -234,7 +234,7 @@ def inverse_norms(x, key_padding_mask, norm_eps=0.0):
     """1 / sqrt(sum(x^2) + D * norm_eps) of the rows of x [B, H, L, D], 0 for zero and padded rows: fp32 [B, H, L]."""
     B, H, L, D = x.shape
     out = torch.empty((B, H, L), dtype=torch.float32, device=x.device)
-    block_d = max(16, next_power_of_2(D))
+    block_d = block_dim(D)
     block_m = 4096 // block_d
     _inverse_norm_kernel[(B * H * ceil_div(L, block_m),)](
         x, key_padding_mask, out, x.stride(), H, L, float(D * norm_eps), D=D, BLOCK_D=block_d, BLOCK_M=block_m,
@@ -245,13 +245,18 @@ def inverse_norms(x, key_padding_mask, norm_eps=0.0):
 
 def _launch_config(D, Dv, dtype, mode):
     """(tile, num_warps, num_stages). Cost follows the tiles walked, not the window: small key tiles win."""
-    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, Dv))
-    widest = max(block_d, block_dv)
+    widest = block_dim(max(D, Dv))
     # IEEE fp32 products go through the FMA units and hold their operands in registers; with 64 rows of 128 dims dedupe and
-    # dropout leave room for two programs per SM, and on sm_80 some spill
+    # dropout leave room for two programs per SM, and on sm_80 some spill, a local round beside wrap as well
     large = dtype == torch.float32 or widest > 128
-    block_m = 32 if large or (widest == 128 and (mode.DEDUPE or mode.DROPOUT)) else 64
-    return Tile(D, Dv, block_d, block_dv, block_m, 16 if large else 32), 4, 2
+    block_m, block_n, num_warps = 64, 16 if large else 32, 4
+    if widest == 16:
+        # rows so short need fewer threads to fetch them, and twice the programs fit
+        block_m, block_n, num_warps = 32, 32, 2
+    elif large or (widest == 128 and (mode.DEDUPE or mode.DROPOUT or (mode.WRAP and mode.LOCAL_WINDOW))):
+        block_m = 32
+    blocks = (block_dim(d, min(block_m, block_n), num_warps, dtype.itemsize) for d in (D, Dv))
+    return Tile(D, Dv, *blocks, block_m, block_n), num_warps, 2
 
 
 def check_inputs(query, key, value, key_padding_mask, seed, state, options, inverse_norm):

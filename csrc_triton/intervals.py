@@ -124,11 +124,10 @@ def count_queries(
 ):  # fmt: skip
     """How many query slots of a round lie in a bucket before `bucket`, or in it with an interval of keys that ends
     (OF_STARTS: starts) at the stretched slot `edge` or before. Searched BLOCK slots at a time. All pointers: to the round."""
-    count, step = 0, 1
-    while step * BLOCK < L:
-        step *= BLOCK
-    while step > 0:
-        slots = count + tl.arange(0, BLOCK) * step
+    count = 0
+    # 2^24 slots take three steps; behind branches and loops in a loop Triton no longer sees what loads are aligned to
+    for i in tl.static_range(2, -1, -1):
+        slots = count + tl.arange(0, BLOCK) * BLOCK**i
         slot_mask = slots < L
         pos = tl.load(order_ptr + slots, mask=slot_mask, other=0)
         q_bucket = bucket_of(unmarked(tl.load(stretched_ptr + pos, mask=slot_mask, other=0)) - slots, stretch)
@@ -138,8 +137,7 @@ def count_queries(
         before_mask = slot_mask & ((q_bucket < bucket) | ((q_bucket == bucket) & (end <= edge)))
         n_before = tl.sum(before_mask.to(tl.int32), 0)
         # the last slot that lies before is known: the next, finer search starts with it
-        count += tl.where(step == 1, n_before, tl.maximum(n_before - 1, 0) * step)
-        step //= BLOCK
+        count += n_before if i == 0 else tl.maximum(n_before - 1, 0) * BLOCK**i
     return count
 
 
