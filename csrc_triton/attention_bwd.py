@@ -351,7 +351,7 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
             num_warps = 1
     elif dtype == torch.float32:
         # products on FMA units take whole rows into registers
-        num_warps = (2 if plain else 4) * (2 if widest > 64 and part != "keys" else 1)
+        num_warps = (2 if plain else 4) * (2 if widest > 64 else 1)
     elif widest > 128:
         num_warps = 4
     elif widest > 64:

@@ -246,14 +246,14 @@ def inverse_norms(x, key_padding_mask, norm_eps=0.0):
 def _launch_config(D, Dv, dtype, mode):
     """(tile, num_warps, num_stages). Cost follows the tiles walked, not the window: small key tiles win."""
     widest = block_dim(max(D, Dv))
-    # IEEE fp32 products go through the FMA units and hold their operands in registers; with 64 rows of 128 dims dedupe and
-    # dropout leave room for two programs per SM, and on sm_80 some spill, a local round beside wrap as well
+    # IEEE fp32 products go through the FMA units and hold their operands in registers; with 64 rows of 128 dims dedupe,
+    # dropout and a local round leave room for two programs per SM, and on sm_80 some spill
     large = dtype == torch.float32 or widest > 128
     block_m, block_n, num_warps = 64, 16 if large else 32, 4
     if widest == 16:
         # rows so short need fewer threads to fetch them, and twice the programs fit
         block_m, block_n, num_warps = 32, 32, 2
-    elif large or (widest == 128 and (mode.DEDUPE or mode.DROPOUT or (mode.WRAP and mode.LOCAL_WINDOW))):
+    elif large or (widest == 128 and (mode.DEDUPE or mode.DROPOUT or mode.LOCAL_WINDOW)):
         block_m = 32
     blocks = (block_dim(d, min(block_m, block_n), num_warps, dtype.itemsize) for d in (D, Dv))
     return Tile(D, Dv, *blocks, block_m, block_n), num_warps, 2

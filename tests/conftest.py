@@ -53,6 +53,33 @@ def numpy_sort(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def language_patched_once(monkeypatch):
+    """The interpreter patches triton.language at each call of a function of triton.jit, which takes longer than most of them.
+    Once per launch and kind of function will do."""
+    if HAS_GPU:
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction
+
+    launch, call, patched = GridExecutor.__call__, InterpretedFunction.__call__, set()
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def call_patched(self, *args, **kwargs):
+        names = self.fn.__globals__.values()
+        modules = tuple(any(x is module for x in names) for module in (tl, tl.core))
+        if modules in patched:
+            return self.rewrite()(*args, **kwargs)
+        patched.add(modules)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch_anew)
+    monkeypatch.setattr(InterpretedFunction, "__call__", call_patched)
+
+
+@pytest.fixture(autouse=True)
 def strict_memory(monkeypatch):
     """Every access of an interpreted kernel is checked; the `StrictMemory` that does it."""
     if HAS_GPU:

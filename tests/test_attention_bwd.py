@@ -16,7 +16,7 @@ from attention_problems import (
 from lsh_kernels import torch_backend
 from lsh_kernels.csrc_triton.attention_bwd import attention_bwd
 
-CASES = covering_cases({**FACTORS, "L": [1, 7, 64, 100, 151], "in_place": [False, True], "has_dlse": [False, True]})
+CASES = covering_cases({**FACTORS, "L": [1, 7, 33, 64, 100], "in_place": [False, True], "has_dlse": [False, True]})
 
 
 class Call:
@@ -55,7 +55,7 @@ def test_attention_bwd_equals_the_oracle(case, device):
     case = dict(case)
     in_place, has_dlse = case.pop("in_place"), case.pop("has_dlse")
     # of few rows the error in the dtype is a matter of luck
-    sizes = {"n_buckets": 16} if case["L"] > 100 else {"B": 6 if case["L"] <= 7 else 1}
+    sizes = {"n_buckets": 16} if case["L"] == 100 else {"B": 6 if case["L"] <= 7 else 1}
     problem = Problem(device, **case, **sizes, H=2 if case["keys"] == "grouped" else 1)
     Call(problem, has_dlse, case["strided"]).assert_equal_the_oracle(in_place=in_place)
 
@@ -74,7 +74,8 @@ def test_attention_bwd_counts_a_pair_once(config, keys, causal, device):
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 @pytest.mark.parametrize("keys", ["shared", "separate"])
 def test_attention_bwd_takes_any_scale(keys, scale, device):
-    Call(Problem(device, keys=keys, causal=True, padded=True, local_window=2, scale=scale)).assert_equal_the_oracle()
+    problem = Problem(device, keys=keys, causal=True, padded=True, local_window=2, scale=scale, L=40, H=1)
+    Call(problem).assert_equal_the_oracle()
 
 
 @pytest.mark.parametrize("keys", ["shared", "separate", "grouped"])
@@ -149,7 +150,7 @@ def test_attention_bwd_is_finite_for_hostile_inputs(config, keys, device):
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("keys", ["shared", "grouped"])
 def test_attention_bwd_is_bit_equal_from_run_to_run_and_stays_in_its_buffers(keys, in_place, device, guard_zones):
-    call = Call(Problem(device, "window", keys, padded=True, dropout_p=0.2, local_window=3, L=37, D=24))
+    call = Call(Problem(device, "window", keys, padded=True, dropout_p=0.2, local_window=3, L=20, D=24))
     for first, second in zip(call.gradients(in_place=in_place), call.gradients(in_place=in_place)):
         assert torch.equal(first, second)
     guard_zones()

@@ -155,7 +155,7 @@ def test_forward_dram_traffic_is_near_its_floor(traffic):
 def test_backward_dram_traffic_is_near_its_floor(traffic, in_place, monkeypatch):
     """Partials: inputs, out, gradients and each round's share once written and once read; in place, 4 bytes an element,
     which are written R times and read as often."""
-    L, R, width = 512, 4, 64 + 64
+    L, R, width = 256 if in_place else 512, 4, 64 + 64
     floor = 768 + 2 * R * width * (4 if in_place else 2)
     qk, v = torch.randn(2, 1, 1, L, 64, dtype=torch.float16)
     qk.requires_grad_(), v.requires_grad_()

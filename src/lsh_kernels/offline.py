@@ -133,8 +133,8 @@ def compile_only(target: str):
 
     def describe(kernel):
         # what the driver says of a kernel once it is loaded
-        code = inspect(kernel)
-        kernel.n_regs, kernel.n_spills = code.registers, code.stack // 4
+        kernel.n_regs, stack = resources(kernel)
+        kernel.n_spills = stack // 4
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run, CompiledKernel._init_handles = only_compile, describe
@@ -166,13 +166,15 @@ def _readers() -> str:
 _SASS = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
 
 
+def resources(kernel) -> tuple[int, int]:
+    """Registers per thread and bytes of stack of a kernel for CUDA: what of `inspect` costs next to nothing."""
+    usage = _run_on(kernel.asm["cubin"], knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
+    return tuple(int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+
+
 def _read_cubin(kernel) -> Code:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        # no jump through a table here, whose targets an analysis of the data flow would find
-        sass = _run(knobs.nvidia.nvdisasm.path, "-gp", "-c", "-ndf", file.name)
+    # no jump through a table here, whose targets an analysis of the data flow would find
+    sass = _run_on(kernel.asm["cubin"], knobs.nvidia.nvdisasm.path, "-gp", "-c", "-ndf")
     sources = _ptx_sources(kernel.asm["ptx"])
     instructions, source, labels = [], None, ()
     for line in sass.splitlines():
@@ -190,9 +192,8 @@ def _read_cubin(kernel) -> Code:
             instructions.append(Instruction(opcode, source, jump[1] if jump else "", falls, labels))
             labels = ()
     opcodes = Counter(i.opcode.partition(".")[0] for i in instructions)
-    registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return Code(
-        registers, stack, opcodes["STL"], opcodes["LDL"], kernel.metadata.shared, kernel.metadata.num_warps,
+        *resources(kernel), opcodes["STL"], opcodes["LDL"], kernel.metadata.shared, kernel.metadata.num_warps,
         _fma_dots(kernel), _count(kernel, instructions, _classify_sass),
     )  # fmt: skip
 
@@ -328,5 +329,8 @@ def occupancy(code: Code, target: str) -> tuple[int, str]:
     return bounds[limit], limit
 
 
-def _run(*command):
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _run_on(cubin, *command):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
