@@ -74,8 +74,8 @@ def next_power_of_2(n):
 
 
 def block_dim(D, n_rows=1, num_warps=0, itemsize=1):
-    """Columns of a tile that holds n_rows rows of D elements: a power of two, enough for tensor cores, and for each of the
-    threads to have 16 bytes of the tile, which one load fetches then."""
+    """Columns of a tile that holds n_rows rows of D elements: a power of two, enough for tensor cores, and for each thread of
+    num_warps warps of 32 to have 16 bytes of the tile, which one load fetches then."""
     return max(16, next_power_of_2(D), 32 * 16 * num_warps // (n_rows * itemsize))
 
 
@@ -89,10 +89,10 @@ def divisor(d):
 
 
 def common_align(*tensors):
-    """Elements of 16 bytes if all strides of the tensors but their last are multiples of them, else 1; 1 as well if they are
-    multiples of 16 elements, for that Triton finds out itself."""
+    """Elements of 16 bytes if all strides of the tensors but their last (and those of single elements) are multiples of them,
+    else 1; 1 as well if they are multiples of 16 elements, for that Triton finds out itself."""
     align = 16 // tensors[0].element_size()
-    strides = [stride for x in tensors for stride in x.stride()[:-1]]
+    strides = [stride for x in tensors for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
     return align if any(stride % 16 for stride in strides) and not any(stride % align for stride in strides) else 1
 
 

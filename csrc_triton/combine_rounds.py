@@ -296,15 +296,15 @@ def combine_rounds_bwd(q_parts, k_parts, call):
     self_only = None
     if call.q_stretched is not None:
         self_only = _SelfGradients(call.dlse is not None, call.dropout_p > 0, call.q_stretched.shape[2])
-    block_m = 4096 // (block_dim(max(D, Dv)) * q_parts.element_size())
-    block_d, block_dv = (block_dim(d, block_m, 4, call.query.element_size()) for d in (D, Dv))
+    block_m, num_warps = 4096 // (block_dim(max(D, Dv)) * q_parts.element_size()), 4
+    block_d, block_dv = (block_dim(d, block_m, num_warps, call.query.element_size()) for d in (D, Dv))
     n_q_programs = 0 if shared else B * H * ceil_div(L, block_m)
     _combine_rounds_bwd_kernel[(n_q_programs + B * Hkv * ceil_div(S, block_m),)](
         q_parts, k_parts, call.dout, call.dlse, call.query, keys, call.inverse_norm, call.padding, call.seed,
         call.q_stretched, dquery, dquery if shared else dkey, dvalue, call.dout.stride(), call.query.stride(),
         keys.stride(), H, Hkv, L, S, n_q_programs, call.scale, *dropout_args(call.dropout_p), R=q_parts.shape[2],
         SHARED=shared, SELF=self_only, D=D, BLOCK_D=block_d, DV=Dv, BLOCK_DV=block_dv, BLOCK_M=block_m,
-        ALIGN=common_align(call.dout, call.query, keys), num_warps=4,
+        ALIGN=common_align(call.dout, call.query, keys), num_warps=num_warps,
     )  # fmt: skip
     return dquery, dkey, dvalue
 

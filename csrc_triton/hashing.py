@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._options import target_options
-from ._tile import at_head, ceil_div, common_align, inverse_norm_of, load_rows, next_power_of_2
+from ._tile import at_head, block_dim, ceil_div, common_align, inverse_norm_of, load_rows
 from .bucket_sort import MAX_BUCKETS, MAX_LENGTH, TileCounts, clamped_buckets, digit_bins, tile_counts
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -196,7 +196,7 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
 def _launch_config(D, dtype):
     """(BLOCK_M, BLOCK_D, MAX_BLOCK_W, num_warps, num_stages). BLOCK_M is the tile of the sort too, so as large as
     registers and 64 KiB of shared memory let it be; fp32 dots spill with more than 8 of their sums per thread."""
-    block_d = max(16, next_power_of_2(D))
+    block_d = block_dim(D)
     if dtype == torch.float32:
         # without pipelining, rotations would wait in registers
         return (64, block_d, 32, 8, 2) if block_d <= 128 else (32, block_d, 32, 4, 2)

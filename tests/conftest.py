@@ -65,7 +65,10 @@ def language_patched_once(monkeypatch):
 
     def launch_anew(self, *args, **kwargs):
         patched.clear()
-        return launch(self, *args, **kwargs)
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            patched.clear()
 
     def call_patched(self, *args, **kwargs):
         names = self.fn.__globals__.values()

@@ -166,6 +166,7 @@ def _readers() -> str:
 _SASS = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
 
 
+@functools.cache
 def resources(kernel) -> tuple[int, int]:
     """Registers per thread and bytes of stack of a kernel for CUDA: what of `inspect` costs next to nothing."""
     usage = _run_on(kernel.asm["cubin"], knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
