@@ -48,14 +48,13 @@ def attention_call(
         list(c.factors(length)), True, c.span, c.window_length, c.chunk_length, c.chunks_before, c.chunks_after,
         c.within_bucket, c.dedupe, c.wrap, c.local_window, c.norm_eps, causal, dropout_p, 1.0,
     )  # fmt: skip
-    n_heads, n_kv_heads = 4, 2 if keys == "grouped" else 4
+    n_heads = 4
 
-    def rows(n_heads, dim):
+    def rows(dim):
         return torch.zeros(1, n_heads, length, dim + unaligned, dtype=dtype)[..., :dim]
 
-    query, key = rows(n_heads, head_dim), rows(n_kv_heads, head_dim)
-    value = rows(n_kv_heads, value_dim or head_dim)
-    q_order, k_order = (torch.zeros(1, n, c.n_hashes, length, dtype=torch.int32) for n in (n_heads, n_kv_heads))
+    query, key, value = rows(head_dim), rows(head_dim), rows(value_dim or head_dim)
+    q_order, k_order = torch.zeros(2, 1, n_heads, c.n_hashes, length, dtype=torch.int32)
     padding = torch.zeros(1, length, dtype=torch.bool) if mask else None
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
     k_rounds = (None, None) if keys == "shared" else (k_order, k_order)
