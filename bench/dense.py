@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lsh_kernels import LSHConfig, audit, offline
+from lsh_kernels import LSHConfig, audit, machine_code, offline
 
 FIELDS = "triton target dtype D kernel tile warps trips slots_per_pair dense_registers dense_slots_per_pair ratio".split()
 _LOG2_E = math.log2(math.e)
@@ -137,7 +137,7 @@ def compare(target, case):
     for ours in launches:
         if ours.name not in _TWINS or ours.error:
             continue
-        tile, code = ours.arguments["TILE"], offline.inspect(ours.kernel)
+        tile, code = ours.arguments["TILE"], machine_code.inspect(ours.kernel)
         trips = audit.work_of(ours).trips
         x = torch.empty(1, 1, 4 * tile.M * tile.N, case.head_dim, dtype=audit.DTYPES[case.dtype], device="meta")
         compiler_options = ours.kernel.metadata._asdict()
@@ -149,7 +149,7 @@ def compare(target, case):
                 dense_fwd(x, x, x, 1.0, **tiling)
             else:
                 dense_bwd(x, x, x, x, x[..., 0].float(), x, 1.0, **tiling)
-        dense = offline.inspect(next(d for d in launches if d.name == _TWINS[ours.name]).kernel)
+        dense = machine_code.inspect(next(d for d in launches if d.name == _TWINS[ours.name]).kernel)
         lanes = ours.kernel.metadata.target.warp_size / (tile.M * tile.N * trips[0])
         slots, dense_slots = (each.total("issue", trips) * lanes for each in (code, dense))
         yield {

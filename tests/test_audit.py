@@ -19,7 +19,7 @@ if __name__ == "__main__":
     import triton
     import triton.language as tl
 
-    from lsh_kernels import offline
+    from lsh_kernels import machine_code, offline
 
     @triton.jit
     def gather_kernel(x_ptr, index_ptr, out_ptr, row_stride, column_stride, BLOCK: tl.constexpr, MASKED: tl.constexpr):
@@ -93,9 +93,10 @@ if __name__ == "__main__":
             (launched,) = launches
             row = audit.measure(launched, target)
             if not launched.error:
-                code = offline.inspect(launched.kernel)
+                code = machine_code.inspect(launched.kernel)
                 row["issue"] = [code.total("issue", (trips,)) for trips in range(4)]
                 row["flops"] = [code.total("flops", (trips,)) for trips in range(4)]
+                row["rows"] = [code.total("row_load", (trips,)) for trips in range(4)]
             yield name, row
 
     print(json.dumps({target: dict(measure_all(target)) for target in sys.argv[1:]}))
@@ -143,6 +144,15 @@ def test_audit_counts_flops_per_trip(target):
         assert per_trip == {2 * m * 128 * 128}, name
         assert issue[3] - issue[2] == issue[2] - issue[1] > 0
         assert rows[name]["sass_in_loops"] > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_audit_counts_bytes_of_rows_per_trip(target):
+    """Of the tile that a trip loads, fetched ahead or not."""
+    rows = measured()[target]
+    for name, itemsize, n in (("dot", 2, 128), ("dot of 128 rows", 2, 128), ("dot in IEEE fp32", 4, 64)):
+        fetched = rows[name]["rows"]
+        assert {b - a for a, b in zip(fetched, fetched[1:])} == {n * n * itemsize}, name
 
 
 @pytest.mark.parametrize("target", TARGETS)

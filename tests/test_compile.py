@@ -24,8 +24,7 @@ PINNED = f"triton=={triton.__version__}\n" in (Path(__file__).parents[1] / "cons
 # each takes a minute or two
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942") if PINNED else ("sm_90", "gfx942")
 
-# of these the machine code is read, which takes half as long again, for the widths of loads: Triton chooses them alike for all
-# CUDA targets
+# of these the machine code is read, for the widths of loads: Triton chooses them alike for all CUDA targets
 READ = ("sm_90", "gfx942")
 
 
@@ -281,37 +280,40 @@ def compiled(target):
 
 def compile_all(target, calls, at_length):
     """{name of the launch: [what each of its kernels came to]}; the launchers run, their kernels are only compiled."""
-    from lsh_kernels import offline
+    from lsh_kernels import machine_code, offline
 
-    def kernels_of(launch, *args, read=target in READ):
+    def launches_of(launch, *args):
         with offline.compile_only(target) as launches:
             launch(*args)
         assert not any(launched.error for launched in launches), launches
-        return [inspect_kernel(launched.kernel, read) | {"tile_bytes": tile_bytes(launched.arguments)} for launched in launches]
+        return launches
 
     def tile_bytes(arguments):
         """Of the rows that a program of attention owns, at least."""
         tile = arguments.get("TILE")
         return tile.M * min(tile.BLOCK_D, tile.BLOCK_DV) * arguments["q_ptr"].element_size() if tile else 0
 
-    # launches with one kernel between them are many
-    @functools.cache
-    def inspect_kernel(kernel, read):
+    def describe(launched, code=None):
+        kernel = launched.kernel
         assembly = kernel.asm["amdgcn" if target == "gfx942" else "ptx"]
         report = {"name": kernel.name, "hash": kernel.hash, "tensor_ops": len(TENSOR_OPS.findall(assembly))}
-        if not read:
-            return report | {"spills": {"stack": offline.resources(kernel)[1]}}
-        code = offline.inspect(kernel)
+        if not code:
+            return report | {"spills": {"stack": machine_code.resources(kernel)[1]}}
         return report | {
             "spills": {"stack": code.stack, "stores": code.spill_stores, "loads": code.spill_loads},
             "bytes_by_wide_loads": code.static("load_128"),
             "row_bytes": code.static("row_load"),
             "wide_row_bytes": code.static("row_load_128"),
+            "tile_bytes": tile_bytes(launched.arguments),
         }
 
-    report = {name: kernels_of(launch) for name, launch in calls.items()}
+    made = {name: launches_of(launch) for name, launch in calls.items()}
+    kernels = {launched.kernel: None for launches in made.values() for launched in launches}
+    if target in READ:
+        kernels = dict(zip(kernels, machine_code.inspect_all(kernels)))
+    report = {name: [describe(launched, kernels[launched.kernel]) for launched in launches] for name, launches in made.items()}
     for name, launch in at_length.items():
-        report[name] = [kernel for length in LENGTHS for kernel in kernels_of(launch, length, read=False)]
+        report[name] = [describe(launched) for length in LENGTHS for launched in launches_of(launch, length)]
     return report
 
 

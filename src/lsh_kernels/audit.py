@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import math
 import multiprocessing
 import os
@@ -174,12 +175,12 @@ FIELDS = (
 
 def measure(launched, target: str) -> dict:
     """The row of one launch. Counts are static and per program; slots_per_unit are lanes x instructions issued."""
-    from . import offline
+    from . import machine_code, offline
 
     row = dict.fromkeys(FIELDS, "") | {"kernel": launched.name, "target": target, "error": launched.error}
     if launched.error:
         return row
-    code, work = offline.inspect(launched.kernel), work_of(launched)
+    code, work = machine_code.inspect(launched.kernel), work_of(launched)
     ctas, limit = offline.occupancy(code, target)
     n_lanes = launched.kernel.metadata.target.warp_size
     static = {what: code.static(what) for what in ("tensor", "mufu", "row_load", "row_load_128", "issue", *_WIDTHS)}
@@ -199,10 +200,12 @@ def audit_case(target: str, name: str) -> list[tuple[dict, object]]:
     """Rows of one case for one target, each with a hash of the kernel."""
     import triton
 
-    from . import offline
+    from . import machine_code, offline
 
     with offline.compile_only(target) as launches:
         launch(cases()[name])
+    # all at once, which is faster
+    machine_code.inspect_all([launched.kernel for launched in launches if not launched.error])
     labels = {"triton": triton.__version__, "case": name}
     return [(measure(launched, target) | labels, launched.kernel and launched.kernel.hash) for launched in launches]
 
@@ -211,7 +214,7 @@ def audit(targets, names, workers=None) -> list[dict]:
     """Rows of `FIELDS` of all cases for all targets; a kernel that several cases share is in the first one's."""
     # neighbours share no kernel, which two workers would compile at the same time
     tasks = [(target, name) for name in names for target in targets]
-    with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_limit_memory) as pool:
+    with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
         found = dict(zip(tasks, tqdm(pool.map(audit_case, *zip(*tasks)), "audit", len(tasks))))
     rows, seen = [], set()
     for target in targets:
@@ -225,7 +228,9 @@ def audit(targets, names, workers=None) -> list[dict]:
     return rows
 
 
-def _limit_memory():
+def _start_worker():
+    # compilers make many objects and no garbage to speak of
+    gc.disable()
     # a kernel gone wrong can have LLVM fill the machine
     resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 class Instruction(NamedTuple):
     opcode: str
-    source: tuple = ()  # (file, line) it was compiled from
     jump: str = ""  # label it may jump to
     falls: bool = True  # whether the next one may follow
     labels: tuple = ()  # those before it
@@ -49,9 +48,9 @@ def loop_depths(instructions: list[Instruction]) -> list[int | None]:
 
 
 def _blocks(instructions):
-    starts = {0}
+    starts, targets = {0}, {instruction.jump for instruction in instructions}
     for i, instruction in enumerate(instructions):
-        if instruction.labels:
+        if not targets.isdisjoint(instruction.labels):
             starts.add(i)
         if instruction.jump or not instruction.falls:
             starts.add(i + 1)

@@ -9,7 +9,7 @@ from unittest import mock
 
 from tqdm import tqdm
 
-from . import audit, offline, time_model
+from . import audit, machine_code, offline, time_model
 
 
 def _attention(config):
@@ -50,7 +50,7 @@ class Trial(NamedTuple):
     shipped: bool
     time: float
     bound: str
-    code: offline.Code | None
+    code: machine_code.Code | None
     error: str
 
     @property
@@ -85,7 +85,7 @@ def sweep(module_name: str, case: audit.Case, target: str = "sm_90") -> list[Tri
         stages = [time_model.stage_of(launched, card) for launched in launches]
         slowest = max(range(len(stages)), key=lambda i: stages[i].time)
         time = sum(stage.time for stage in stages)
-        code = offline.inspect(launches[slowest].kernel)
+        code = machine_code.inspect(launches[slowest].kernel)
         trials.append(Trial(config, config == shipped, time, stages[slowest].bound, code, ""))
     return sorted(trials, key=lambda trial: trial.rank)
 

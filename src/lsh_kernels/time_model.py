@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-from . import audit, offline
+from . import audit, machine_code, offline
 
 # what is modelled if nothing else is said: causal, shared QK, bf16, B = 1, H = 8, D = 64, R = 4, C = W = 64
 CALL = audit.Case()
@@ -81,7 +81,7 @@ class Stage(NamedTuple):
 
 def stage_of(launched, card: Card = H100) -> Stage:
     """The modelled time of one launch."""
-    code, trips = offline.inspect(launched.kernel), audit.work_of(launched).trips
+    code, trips = machine_code.inspect(launched.kernel), audit.work_of(launched).trips
     ctas, _ = offline.occupancy(code, card.target)
     per_sm = max(launched.grid / card.sms, 1)
     busy = min(4, code.warps * min(ctas, -(-launched.grid // card.sms)))
