@@ -276,9 +276,9 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
     | partials | R e w | 2 R e w: written, read | 1 | 1,024 B held, 2,048 B moved | 2,048 B, 4,096 B |
     | in place | 4 w | 8 R w: written R times, read R - 1 times and at the end | R | 512 B held, 4,096 B moved | 512 B, 4,096 B |
 
-    Partials move fewer bytes in 16 bits and need fewer launches; in place needs R e / 4 times less memory. So partials are
-    the choice up to 4 times the memory (8 rounds in 16 bits, 4 in fp32) and in place is beyond. Separate keys count alike,
-    D columns for queries and D + Dv for keys.
+    Partials move fewer bytes in 16 bits and need fewer launches; in place needs R e / 4 times less memory. So up to 8 hash
+    rounds, where the paper finds exact attention nearly matched, partials are the choice (they hold (D + Dv) / Dv times what
+    forward holds), and in place is beyond. Separate keys count alike, D columns for queries and D + Dv for keys.
 
     Args:
         dout: [B, H, L, Dv], gradient of out, in query's dtype, any strides with a contiguous last dimension.
@@ -297,7 +297,7 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
     Hkv, S, Dv = value.shape[1:]
     mode = mode_of(o, shared, state.q_order.shape[2], key_padding_mask is not None)
     if in_place is None:
-        in_place = mode.ROUNDS * query.element_size() > 16
+        in_place = mode.R > 8
     n_buckets, device = math.prod(o.factors), query.device
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
     dlse = None if dlse is None else dlse.contiguous()

@@ -181,8 +181,8 @@ def test_attention_bwd_chooses_in_place_where_that_saves_memory(device, monkeypa
         sizes.append(x.numel() * x.element_size())
         return x
 
-    def largest(n_hashes, **kwargs):
-        call = Call(Problem(device, R=n_hashes, L=16, D=64, H=1, dtype=torch.float16))
+    def largest(n_hashes, dtype=torch.float16, **kwargs):
+        call = Call(Problem(device, R=n_hashes, L=16, D=64, H=1, dtype=dtype))
         monkeypatch.setattr(torch, "empty", recorded)
         sizes.clear()
         call.gradients(**kwargs)
@@ -190,7 +190,8 @@ def test_attention_bwd_chooses_in_place_where_that_saves_memory(device, monkeypa
         return max(sizes)
 
     assert largest(4) == 4 * 16 * 128 * 2 and largest(4, in_place=True) == 16 * 128 * 4
-    assert largest(9) == largest(9, in_place=True)
+    assert largest(8, torch.float32) == 8 * 16 * 128 * 4
+    assert largest(9) == largest(9, in_place=True) == 16 * 128 * 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs kernels on the CPU: the sparse tensor is a file mapping")
