@@ -276,9 +276,10 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
     | partials | R e w | 2 R e w: written, read | 1 | 1,024 B held, 2,048 B moved | 2,048 B, 4,096 B |
     | in place | 4 w | 8 R w: written R times, read R - 1 times and at the end | R | 512 B held, 4,096 B moved | 512 B, 4,096 B |
 
-    Partials move fewer bytes in 16 bits and need fewer launches; in place needs R e / 4 times less memory. So up to 8 hash
-    rounds, where the paper finds exact attention nearly matched, partials are the choice (they hold (D + Dv) / Dv times what
-    forward holds), and in place is beyond. Separate keys count alike, D columns for queries and D + Dv for keys.
+    R counts a local round, too; separate keys have D columns for queries and D + Dv for keys. Partials need few launches
+    and in 16 bits move fewer bytes; in place needs R e / 4 times less memory. So up to 8 hash rounds, where the paper finds
+    exact attention nearly matched, partials are the choice: with 8, of 65,536 positions, 8 heads and w = 128, they hold 1 GiB
+    in 16 bits and 2 GiB in fp32, where forward holds half of that. Beyond 8 in place is, which holds 256 MiB of any number.
 
     Args:
         dout: [B, H, L, Dv], gradient of out, in query's dtype, any strides with a contiguous last dimension.

@@ -51,6 +51,20 @@ if __name__ == "__main__":
         tl.store(out_ptr + rows[:, None] * BLOCK + columns[None, :], x * (total + y)[:, None])
 
     @triton.jit
+    def switch_kernel(x_ptr, index_ptr, out_ptr, n, BLOCK: tl.constexpr):
+        rows, columns = tl.arange(0, BLOCK), tl.arange(0, 64)
+        ptrs = x_ptr + tl.load(index_ptr + rows)[:, None]
+        out_ptrs = out_ptr + rows[:, None] * 64 + columns[None, :]
+        if n == 0:
+            tl.store(out_ptrs, tl.load(x_ptr + rows[:, None] * 64 + columns[None, :]))
+        elif n == 1:
+            tl.store(out_ptrs, tl.load(ptrs + columns[None, :] * 3) * 2)
+        elif n == 2:
+            tl.atomic_add(out_ptrs, tl.load(ptrs + columns[None, :] * 5))
+        elif n == 3:
+            tl.store(out_ptrs, tl.exp(tl.load(ptrs + columns[None, :] * 7).to(tl.float32)))
+
+    @triton.jit
     def broken_kernel(x_ptr, BLOCK: tl.constexpr):
         tl.store(x_ptr + tl.arange(0, BLOCK), tl.zeros([2 * BLOCK], tl.float32))
 
@@ -59,6 +73,9 @@ if __name__ == "__main__":
 
     def gather(column_stride=1, block=64, masked=False):
         gather_kernel[(7,)](tensor(), tensor(torch.int32), tensor(), 64, column_stride, BLOCK=block, MASKED=masked)
+
+    def switch():
+        switch_kernel[(7,)](tensor(), tensor(torch.int32), tensor(), 7, BLOCK=64)
 
     def walk(dtype=torch.float16, m=64, n=64, precision="ieee", num_stages=2):
         x = tensor(dtype)
@@ -99,7 +116,23 @@ if __name__ == "__main__":
                 row["rows"] = [code.total("row_load", (trips,)) for trips in range(4)]
             yield name, row
 
-    print(json.dumps({target: dict(measure_all(target)) for target in sys.argv[1:]}))
+    def compiled(target, *calls):
+        with offline.compile_only(target) as launches:
+            for launch in calls:
+                launch()
+        return [launched.kernel for launched in launches]
+
+    def refusal(kernel):
+        try:
+            machine_code.inspect(kernel)
+        except ValueError as error:
+            return str(error)
+
+    report = {target: dict(measure_all(target)) for target in sys.argv[1:]}
+    report["switch"] = [refusal(*compiled("sm_90", switch)), machine_code.inspect(*compiled("gfx942", switch)).counts]
+    several = compiled("sm_90", *(launch for name, launch in KERNELS.items() if not report["sm_90"][name]["error"]))
+    report["at once"] = machine_code._read_cubins(several) == [machine_code.inspect(kernel) for kernel in several]
+    print(json.dumps(report))
     sys.exit()
 
 
@@ -163,6 +196,17 @@ def test_audit_finds_scalar_gathers(target):
     strided = rows["gather of strided columns"]
     assert strided["row_load_128_share"] == "0.000"
     assert strided["load_16"] == 64 * 64 * 2 and strided["load_128"] == 0
+
+
+def test_audit_reads_many_kernels_as_it_reads_one():
+    assert measured()["at once"]
+
+
+def test_audit_follows_a_switch_or_says_that_it_does_not():
+    refused, counts = measured()["switch"]
+    assert "table" in refused
+    assert sum(found["row_load"] for found in counts.values()) == 4 * 64 * 64 * 2
+    assert sum(found["row_load_128"] for found in counts.values()) == 64 * 64 * 2
 
 
 @pytest.mark.parametrize("target", TARGETS)

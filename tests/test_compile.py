@@ -149,8 +149,8 @@ ATTENTION = {
     "attention_fwd-fp32-D64-masked": lambda: attention_fwd(dtype=torch.float32, mask=True, local_window=8),
     "attention_fwd-fp32-D16-separate": lambda: attention_fwd(head_dim=16, dtype=torch.float32, keys="separate"),
     "attention_bwd-fp32-D64": lambda: attention_bwd(dtype=torch.float32),
-    "attention_bwd-fp32-D128-separate": lambda: attention_bwd(head_dim=128, dtype=torch.float32, keys="separate"),
-    "attention_bwd-fp32-D16-all": lambda: attention_bwd(head_dim=16, dtype=torch.float32, **EVERYTHING),
+    "attention_bwd-fp32-D128-separate": lambda: attention_bwd(head_dim=128, dtype=torch.float32, keys="separate", n_hashes=8),
+    "attention_bwd-fp32-D16-all": lambda: attention_bwd(head_dim=16, dtype=torch.float32, in_place=True, **EVERYTHING),
     "attention_bwd-fp16-D8-values-of-128-all": lambda: attention_bwd(
         head_dim=8, value_dim=128, n_hashes=8, in_place=True, **EVERYTHING
     ),

@@ -27,8 +27,8 @@ class Code(NamedTuple):
     """What the machine code of one kernel holds. counts[d]: per program, of the instructions inside d loops:
 
     issue (warp instructions), tensor, mufu, flops (of tensor instructions whose shape they show), and bytes of global
-    memory by width in bits: load_128, load_64, load_32, load_16, store_128, ..; row_load and row_load_128: those of
-    two-dimensional floating-point tiles, the gathers.
+    memory by width in bits: load_128, load_64, load_32, load_16, store_128, ..; of LLVM's code instead, which tells them
+    apart: row_load and row_load_128, those of two-dimensional floating-point tiles, the gathers.
     """
 
     registers: int
@@ -67,8 +67,8 @@ def inspect(kernel) -> Code:
 
 
 def inspect_all(kernels) -> list[Code]:
-    """What each kernel's machine code holds. Kept beside the kernels in Triton's cache. Those that are not there are read at
-    once: nvdisasm needs half as long to start as Triton needs to compile."""
+    """What the machine code of each kernel holds, all of them compiled for one target. Kept beside the kernels in Triton's
+    cache. Those that are not there are read at once: nvdisasm needs half as long to start as Triton needs to compile."""
     caches = {kernel: get_cache_manager(kernel.hash) for kernel in kernels}
     codes, name = {}, f"{_readers()}.code"
     for kernel, cache in caches.items():
@@ -121,6 +121,8 @@ def _read_sass(kernel, lines) -> Code:
         labels += (hex(address),)
         if opcode == "NOP":
             continue
+        if opcode.startswith(("BRX", "JMX")):
+            raise ValueError(f"{kernel.name}: jumps through a table are not followed")
         # warps do not diverge here, as a rule
         jump = re.search(r"0x[0-9a-f]+", operands) if opcode.startswith("BRA") and opcode != "BRA.DIV" else None
         # a branch may have another predicate among its operands
@@ -174,10 +176,11 @@ def _read_amdgcn(kernel) -> Code:
 _LLVM_BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64}
 # (what loads from global memory, its bits per lane): assembly for CUDA, instructions and builtins for AMD
 _LLVM_LOADS = (
-    (r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+) ", lambda words, bits: int(words or 1) * int(bits)),
+    (r"ld\.(?:volatile\.)?global[\w.:]*?(?:\.v(\d))?\.b(\d+) ", lambda words, bits: int(words or 1) * int(bits)),
     (r"cp\.async\.c[ag]\.shared\.global.*?\], 0x(\w+)", lambda n_bytes: 8 * int(n_bytes, 16)),
     (
-        r"= (?:tail )?(?:load|call) (?:<(\d+) x )?(\w+)>?(?:, ptr addrspace\(1\)| @llvm\.amdgcn\.raw\.ptr\.buffer\.load\.)",
+        r"= (?:tail call|call|load|load volatile) (?:<(\d+) x )?(\w+)>?"
+        r"(?:, ptr addrspace\(1\)| @llvm\.amdgcn\.raw\.ptr\.buffer\.load\.)",
         lambda words, kind: int(words or 1) * (_LLVM_BITS.get(kind) or int(kind[1:])),
     ),
     (r"@llvm\.amdgcn\.[\w.]*load[\w.]*\.lds[\w.]*\(ptr[^,]*, ptr[^,]*, i32 (\d+)", lambda n_bytes: 8 * int(n_bytes)),
@@ -190,7 +193,7 @@ def _llvm_load(line) -> int:
 
 
 def _row_loads(kernel) -> dict[int, Counter]:
-    """Bytes of the loads of rows, by loop depth. Of LLVM's code: of the machine code's lines not all have a source."""
+    """Bytes of the loads of rows, by loop depth. Of LLVM's code: not every machine instruction is told its source line."""
     llir, rows = kernel.asm["llir"], row_loads(kernel.asm["ttgir"])
     metadata = dict(re.findall(r"^!(\d+) = (?:distinct )?!(DI(?:Location|File|Sub|Lex).*)$", llir, re.MULTILINE))
 
@@ -206,8 +209,9 @@ def _row_loads(kernel) -> dict[int, Counter]:
         if found := re.match(r"([\w.$-]+):", line):
             labels += (found[1],)
             continue
-        targets = re.findall(r"label %([\w.$-]+)", line) if line.startswith("  br ") else ()
-        ends = bool(targets) or line.startswith(("  ret", "  unreachable"))
+        targets = re.findall(r"\blabel %([\w.$-]+)", line)
+        # a switch has its targets on several lines, up to a bracket
+        ends = line.startswith(("  br ", "  ]", "  ret ", "  unreachable"))
         width, located = _llvm_load(line), re.search(r"!dbg !(\d+)", line)
         is_row = width and located and source(located[1]) in rows
         for i, target in enumerate(targets or ("",)):
