@@ -1,5 +1,7 @@
 """What several kernels share: the record of options that they are compiled for, and helpers on tiles."""
 
+import functools
+import math
 from typing import NamedTuple
 
 import triton
@@ -73,6 +75,7 @@ def next_power_of_2(n):
     return 1 << (n - 1).bit_length()
 
 
+@functools.cache
 def block_dim(D, n_rows=1, num_warps=0, itemsize=1):
     """Columns of a tile that holds n_rows rows of D elements: a power of two, enough for tensor cores, and for each thread of
     num_warps warps of 32 to have 16 bytes of the tile, which one load fetches then."""
@@ -92,8 +95,8 @@ def common_align(*tensors):
     """Elements of 16 bytes if all strides of the tensors but their last (and those of single elements) are multiples of them,
     else 1; 1 as well if they are multiples of 16 elements, for that Triton finds out itself."""
     align = 16 // tensors[0].element_size()
-    strides = [stride for x in tensors for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
-    return align if any(stride % 16 for stride in strides) and not any(stride % align for stride in strides) else 1
+    step = math.gcd(*(stride for x in tensors for size, stride in zip(x.shape, x.stride()[:-1]) if size > 1))
+    return align if step % 16 and not step % align else 1
 
 
 def dropout_args(dropout_p):

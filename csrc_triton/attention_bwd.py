@@ -7,6 +7,7 @@ an interval of slots as well, so that a program owns a tile of rows as keys and 
 Source: Dao 2022 (arXiv 2205.14135), the backward from lse; Kitaev et al. 2020 (arXiv 2001.04451), the rounds.
 """
 
+import functools
 import math
 
 import torch
@@ -336,6 +337,7 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
     return combine_rounds_bwd(gradients[-1], gradients[0], RoundGradients(*inputs, stretched, o.scale, o.dropout_p))
 
 
+@functools.cache
 def _launch_config(D, Dv, dtype, mode, part, in_place):
     """(tile, num_warps, num_stages): two accumulators and the operands of four products live at once, and for dedupe what
     rows see in other rounds, so that tiles are smaller than forward's."""

@@ -1,5 +1,6 @@
 """Attention over sorted rounds: an interval of key slots per query, online softmax, rounds joined by combine_rounds."""
 
+import functools
 import math
 
 import torch
@@ -243,6 +244,7 @@ def inverse_norms(x, key_padding_mask, norm_eps=0.0):
     return out
 
 
+@functools.cache
 def _launch_config(D, Dv, dtype, mode):
     """(tile, num_warps, num_stages). Cost follows the tiles walked, not the window: small key tiles win."""
     widest = block_dim(max(D, Dv))
