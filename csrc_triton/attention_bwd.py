@@ -279,7 +279,7 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
 
     R counts a local round, too; separate keys have D columns for queries and D + Dv for keys. Partials need few launches
     and in 16 bits move fewer bytes; in place needs R e / 4 times less memory. So up to 8 hash rounds, where the paper finds
-    exact attention nearly matched, partials are the choice: with 8, of 65,536 positions, 8 heads and w = 128, they hold 1 GiB
+    exact attention nearly matched, partials are the choice: with 8, of 65,536 positions, 8 heads, D = Dv = 64, they hold 1 GiB
     in 16 bits and 2 GiB in fp32, where forward holds half of that. Beyond 8 in place is, which holds 256 MiB of any number.
 
     Args:

@@ -204,9 +204,9 @@ def test_audit_reads_many_kernels_as_it_reads_one():
 
 def test_audit_follows_a_switch_or_says_that_it_does_not():
     refused, counts = measured()["switch"]
-    assert "table" in refused
-    assert sum(found["row_load"] for found in counts.values()) == 4 * 64 * 64 * 2
-    assert sum(found["row_load_128"] for found in counts.values()) == 64 * 64 * 2
+    assert "table" in (refused or "")
+    assert sum(found.get("row_load", 0) for found in counts.values()) == 4 * 64 * 64 * 2
+    assert sum(found.get("row_load_128", 0) for found in counts.values()) == 64 * 64 * 2
 
 
 @pytest.mark.parametrize("target", TARGETS)
