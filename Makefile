@@ -5,7 +5,7 @@ OUT ?= out/gpu
 GPU_WHEELS := reformer-pytorch axial-positional-embedding colt5-attention einops hyper-connections local-attention \
     product-key-memory torch-einops-utils
 KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.py attention_bwd.py combine_rounds.py residual.py \
-    backends.py costs.py strict_memory.py compile.py audit.py control_flow.py)
+    backends.py costs.py strict_memory.py compile.py audit.py control_flow.py time_model.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint format test test-tritons offline test-gpu bench-gpu rehearse-gpu gpu-wheels demo diagnose \
@@ -69,7 +69,8 @@ diagnose: install  ## recall of attention by rounds and span, on layers that the
 	$(BIN)/python -m lsh_kernels diagnose --model exact --out out/diagnose/exact
 
 audit: install  ## what the compiled kernels say on five targets, modelled times; accepts it into bench/results/ and docs/
-	$(BIN)/python -m lsh_kernels audit --out bench/results/audit.csv --model --picture docs/audit.png
+	$(BIN)/python -m lsh_kernels audit --out bench/results/audit.csv --model --picture docs/audit.png \
+	    $(addprefix --measured ,$(firstword $(wildcard bench/results/*h100*.csv)))
 	$(BIN)/python bench/dense.py
 
 audit-check: install  ## fail if a kernel got worse than in bench/results/audit.csv; ARGS="--targets sm_90"

@@ -29,7 +29,7 @@ class Card(NamedTuple):
     l2: float  # bytes/s, reads that hit; microbenchmarks report 5.5 to 5.7e12
     mufu: float  # per cycle and SM; CUDA C++ programming guide, arithmetic throughput
     launch: float = 2e-6  # s between kernels of a CUDA graph
-    host_call: float = 130e-6  # s per op; tests/test_costs.py prints it, launches stubbed out
+    host_call: float = 140e-6  # s per op; tests/test_costs.py prints it, launches stubbed out
     host_launch: float = 15e-6  # s per eager launch
     issue_share: float = 0.6  # of a slot per scheduler and cycle, forward
     issue_share_bwd: float = 0.5
@@ -138,13 +138,9 @@ def estimate(case: audit.Case = CALL, lengths=LENGTHS, card: Card = H100) -> lis
     found = []
     for length in lengths:
         parts = stages(case._replace(length=length), card)
-        found.append(
-            Estimate(
-                length,
-                [part for part in parts if "_bwd" not in part.kernel],
-                [part for part in parts if "_bwd" in part.kernel],
-            )
-        )
+        # backward begins with a kernel that forward has, too
+        n_forward = 1 + [part.kernel for part in parts].index("_combine_rounds_fwd_kernel")
+        found.append(Estimate(length, parts[:n_forward], parts[n_forward:]))
     return found
 
 
@@ -182,17 +178,26 @@ def table(estimates: list[Estimate], case: audit.Case = CALL, card: Card = H100)
 
 def print_errors(estimates: list[Estimate], path, case: audit.Case, card: Card = H100):
     """How far off the model is, where the rows of bench have a time of the same call on the same card."""
-    n_found = 0
+    call = {
+        "op": "attention", "provider": "lsh_kernels triton", "dtype": str(audit.DTYPES[case.dtype]).removeprefix("torch."),
+        "B": case.batch, "H": case.n_heads, "D": case.head_dim, "R": case.config.n_hashes, "C": case.config.chunk_length,
+        "regime": "batch", "input": "gaussian", "depth": 1, "status": "ok",
+    }  # fmt: skip
     with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if card.name.split()[0] in row["device"]]
+    times = {
+        (int(row["L"]), row["mode"]): float(row["ms_p50"]) / 1e3
+        for row in rows
+        if all(row[name] == str(value) for name, value in call.items())
+    }
+    n_found = 0
     for point in estimates:
         for mode, parts in (("forward", point.forward), ("forward+backward", point.forward + point.backward)):
-            for row in rows:
-                same = (row.get("provider"), row.get("mode"), row.get("L")) == ("lsh_kernels", mode, str(point.length))
-                if same and card.name.split()[0] in row.get("gpu", "") and (mode == "forward" or point.backward):
-                    time = float(row["ms_p50"]) / 1e3
-                    model = whole(parts, False, card)
-                    print(f"L = {point.length}, {mode}: measured {_ms(time)} ms, modelled {_ms(model)}, {model / time - 1:+.0%}")
+            for graph in (False, True):
+                name = f"{mode} graph" if graph else mode
+                if time := times.get((point.length, name)):
+                    model = whole(parts, graph, card)
+                    print(f"L = {point.length}, {name}: measured {_ms(time)} ms, modelled {_ms(model)}, {model / time - 1:+.0%}")
                     n_found += 1
     if not n_found:
         print(f"{path} has no time of this call on {card.name}: the model's error is not known")
