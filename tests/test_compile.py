@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -24,9 +23,6 @@ PINNED = f"triton=={triton.__version__}\n" in (Path(__file__).parents[1] / "cons
 # each takes a minute or two
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942") if PINNED else ("sm_90", "gfx942")
 
-# of these the machine code is read, for the widths of loads: Triton chooses them alike for all CUDA targets
-READ = ("sm_90", "gfx942")
-
 
 def combine_rounds(length, n_hashes, head_dim, dtype, n_heads=2):
     from lsh_kernels.csrc_triton.combine_rounds import combine_rounds
@@ -37,15 +33,15 @@ def combine_rounds(length, n_hashes, head_dim, dtype, n_heads=2):
 
 def attention_call(
     attend, length=1024, head_dim=64, dtype=torch.float16, causal=True, keys="shared", mask=False, dropout_p=0.0,
-    value_dim=None, unaligned=False, **fields,
+    value_dim=None, unaligned=False, hashed=True, scale=1.0, **fields,
 ):  # fmt: skip
     from lsh_kernels.config import AttentionOptions, LSHConfig
     from lsh_kernels.torch_backend import SortedRounds
 
     c = LSHConfig(**fields)
     options = AttentionOptions(
-        list(c.factors(length)), True, c.span, c.window_length, c.chunk_length, c.chunks_before, c.chunks_after,
-        c.within_bucket, c.dedupe, c.wrap, c.local_window, c.norm_eps, causal, dropout_p, 1.0,
+        list(c.factors(length)), hashed, c.span, c.window_length, c.chunk_length, c.chunks_before, c.chunks_after,
+        c.within_bucket, c.dedupe, c.wrap, c.local_window, c.norm_eps, causal, dropout_p, scale,
     )  # fmt: skip
     n_heads = 4
 
@@ -105,6 +101,13 @@ def given_buckets(head_dim, dtype, mask=False):
     hash_rows(x, None, (128, 256), torch.zeros(1, 1024, dtype=torch.bool) if mask else None, 0.0, buckets=buckets)
 
 
+def inverse_norms(head_dim, dtype, mask=False):
+    from lsh_kernels.csrc_triton.attention_fwd import inverse_norms
+
+    padding = torch.zeros(1, 1024, dtype=torch.bool) if mask else None
+    inverse_norms(torch.zeros(1, 4, 1024, head_dim, dtype=dtype), padding)
+
+
 def sort_following_length(length):
     """As many buckets as n_buckets=None has at this length."""
     from lsh_kernels.config import default_factors
@@ -134,11 +137,14 @@ LAUNCHES = {
     "hash_sort-fp32-D64-masked": (lambda: hash_sort(dtype=torch.float32, mask=True), 64 * 256),
     "given_buckets-bf16-D64": (lambda: given_buckets(64, torch.bfloat16), 256 * 128),
     "given_buckets-fp16-D128-masked": (lambda: given_buckets(128, torch.float16, mask=True), 128 * 256),
+    "inverse_norms-bf16-D64-masked": (lambda: inverse_norms(64, torch.bfloat16, mask=True), 64 * 128),
+    "inverse_norms-fp16-D128": (lambda: inverse_norms(128, torch.float16), 32 * 256),
     "residual-fp32": (lambda: residual(), 2 * 4096),
     "residual-bf16-undo": (lambda: residual(dtype=torch.bfloat16, undo=True), 4096),
 }
 
 EVERYTHING = {"mask": True, "dropout_p": 0.1, "local_window": 8}
+LOCAL = {"hashed": False, "span": "chunk", "within_bucket": False, "wrap": True, "dedupe": False, "n_hashes": 1}
 
 # beside the covering cases: float32, many rounds, head dims far apart
 ATTENTION = {
@@ -148,6 +154,9 @@ ATTENTION = {
     "attention_fwd-bf16-D64-17-rounds": lambda: attention_fwd(dtype=torch.bfloat16, n_hashes=17),
     "attention_fwd-fp32-D64-masked": lambda: attention_fwd(dtype=torch.float32, mask=True, local_window=8),
     "attention_fwd-fp32-D16-separate": lambda: attention_fwd(head_dim=16, dtype=torch.float32, keys="separate"),
+    "attention_fwd-bf16-D64-local-chunks-wrapped": lambda: attention_fwd(dtype=torch.bfloat16, keys="separate", **LOCAL),
+    "attention_bwd-bf16-D64-local-chunks-wrapped": lambda: attention_bwd(dtype=torch.bfloat16, keys="separate", **LOCAL),
+    "attention_fwd-fp16-D128-negative-scale": lambda: attention_fwd(head_dim=128, scale=-1.0),
     "attention_bwd-fp32-D64": lambda: attention_bwd(dtype=torch.float32),
     "attention_bwd-fp32-D128-separate": lambda: attention_bwd(head_dim=128, dtype=torch.float32, keys="separate", n_hashes=8),
     "attention_bwd-fp32-D16-all": lambda: attention_bwd(head_dim=16, dtype=torch.float32, in_place=True, **EVERYTHING),
@@ -204,7 +213,6 @@ def attention_on(target):
     return own | covering_launches(target)
 
 
-TENSOR_OPS = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
 TENSOR_KERNELS = ("_attention_fwd_kernel", "_attention_bwd_kernel", "_hashing_fwd_kernel")
 
 LENGTHS = (1, 2, 16, 28, 33, 100, 256, 500, 1000, 2048, 4096)
@@ -225,16 +233,15 @@ AT_LENGTH = {
 def test_compile_without_spills_and_with_wide_loads(target, launch):
     kernels = compiled(target)[launch]
     assert_no_spills(kernels)
-    if target in READ:
-        fetched = sum(kernel["bytes_by_wide_loads"] for kernel in kernels)
-        assert fetched >= LAUNCHES[launch][1], f"{fetched} bytes by 128-bit loads: {kernels}"
+    fetched = sum(kernel["bytes_by_wide_loads"] for kernel in kernels)
+    assert fetched >= LAUNCHES[launch][1], f"{fetched} bytes by 128-bit loads: {kernels}"
 
 
 @pytest.mark.parametrize(("target", "launch"), [(target, launch) for target in TARGETS for launch in attention_on(target)])
 def test_compile_attention_without_spills_and_with_wide_gathers(target, launch):
     kernels = compiled(target)[launch]
     assert_no_spills(kernels)
-    for kernel in kernels if target in READ else ():
+    for kernel in kernels:
         assert kernel["row_bytes"] >= kernel["tile_bytes"], f"gathers have not been found: {kernel}"
         # in the backward of 8 and 16 dims tiles may have less than 16 bytes for each of 64 lanes
         few = target == "gfx942" and 0 < kernel["tile_bytes"] < 64 * 16
@@ -253,7 +260,7 @@ def test_compile_multiplies_16_bit_tiles_on_tensor_cores(target):
     for launch, kernels in compiled(target).items():
         for kernel in kernels:
             if "fp32" not in launch and "given" not in launch and kernel["name"] in TENSOR_KERNELS:
-                assert kernel["tensor_ops"] > 0, f"{launch}: {kernel}"
+                assert kernel["tensor_ops"] > 0 and not kernel["fma_dots"], f"{launch}: {kernel}"
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
@@ -293,14 +300,14 @@ def compile_all(target, calls, at_length):
         tile = arguments.get("TILE")
         return tile.M * min(tile.BLOCK_D, tile.BLOCK_DV) * arguments["q_ptr"].element_size() if tile else 0
 
-    def describe(launched, code=None):
-        kernel = launched.kernel
-        assembly = kernel.asm["amdgcn" if target == "gfx942" else "ptx"]
-        report = {"name": kernel.name, "hash": kernel.hash, "tensor_ops": len(TENSOR_OPS.findall(assembly))}
-        if not code:
-            return report | {"spills": {"stack": machine_code.resources(kernel)[1]}}
-        return report | {
+    def describe(launched):
+        code = codes[launched.kernel]
+        return {
+            "name": launched.name,
+            "hash": launched.kernel.hash,
             "spills": {"stack": code.stack, "stores": code.spill_stores, "loads": code.spill_loads},
+            "tensor_ops": code.static("tensor"),
+            "fma_dots": code.fma_dots,
             "bytes_by_wide_loads": code.static("load_128"),
             "row_bytes": code.static("row_load"),
             "wide_row_bytes": code.static("row_load_128"),
@@ -308,13 +315,11 @@ def compile_all(target, calls, at_length):
         }
 
     made = {name: launches_of(launch) for name, launch in calls.items()}
-    kernels = {launched.kernel: None for launches in made.values() for launched in launches}
-    if target in READ:
-        kernels = dict(zip(kernels, machine_code.inspect_all(kernels)))
-    report = {name: [describe(launched, kernels[launched.kernel]) for launched in launches] for name, launches in made.items()}
     for name, launch in at_length.items():
-        report[name] = [describe(launched) for length in LENGTHS for launched in launches_of(launch, length)]
-    return report
+        made[name] = [launched for length in LENGTHS for launched in launches_of(launch, length)]
+    kernels = list({launched.kernel for launches in made.values() for launched in launches})
+    codes = dict(zip(kernels, machine_code.inspect_all(kernels)))
+    return {name: [describe(launched) for launched in launches] for name, launches in made.items()}
 
 
 if __name__ == "__main__":

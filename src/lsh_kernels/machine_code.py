@@ -194,15 +194,8 @@ def _llvm_load(line) -> int:
 
 def _row_loads(kernel) -> dict[int, Counter]:
     """Bytes of the loads of rows, by loop depth. Of LLVM's code: not every machine instruction is told its source line."""
-    llir, rows = kernel.asm["llir"], row_loads(kernel.asm["ttgir"])
-    metadata = dict(re.findall(r"^!(\d+) = (?:distinct )?!(DI(?:Location|File|Sub|Lex).*)$", llir, re.MULTILINE))
-
-    def source(number):
-        at = metadata[number]
-        scope = re.search(r"\bscope: !(\d+)", at)[1]
-        name = re.search(r"\bfile: !(\d+)", metadata[scope])[1]
-        return Path(re.search(r'filename: "([^"]*)"', metadata[name])[1]).name, int(re.search(r"line: (\d+)", at)[1])
-
+    llir, rows = kernel.asm["llir"], _row_lines(kernel.asm["ttgir"])
+    sources = _llvm_sources(llir)
     body = llir[llir.index(f"@{kernel.name}(") :].partition("\n}\n")[0].splitlines()[1:]
     instructions, bits, labels = [], [], ()
     for line in body:
@@ -213,7 +206,7 @@ def _row_loads(kernel) -> dict[int, Counter]:
         # a switch has its targets on several lines, up to a bracket
         ends = line.startswith(("  br ", "  ]", "  ret ", "  unreachable"))
         width, located = _llvm_load(line), re.search(r"!dbg !(\d+)", line)
-        is_row = width and located and source(located[1]) in rows
+        is_row = width and located and sources[located[1]] in rows
         for i, target in enumerate(targets or ("",)):
             instructions.append(Instruction("", target, not ends or i + 1 < len(targets), labels))
             bits.append(width if is_row else 0)
@@ -225,7 +218,15 @@ def _row_loads(kernel) -> dict[int, Counter]:
     return counts
 
 
-def row_loads(ttgir: str) -> set:
+def _llvm_sources(llir: str) -> dict:
+    """(file, line) by number of the location."""
+    files = dict(re.findall(r'^!(\d+) = !DIFile\(filename: "([^"]*)"', llir, re.MULTILINE))
+    scopes = dict(re.findall(r"^!(\d+) = distinct !DI\w+\(.*\bfile: !(\d+)", llir, re.MULTILINE))
+    locations = re.findall(r"^!(\d+) = (?:distinct )?!DILocation\(line: (\d+),.* scope: !(\d+)", llir, re.MULTILINE)
+    return {number: (Path(files[scopes[scope]]).name, int(line)) for number, line, scope in locations}
+
+
+def _row_lines(ttgir: str) -> set:
     """(file, line) of the loads of two-dimensional floating-point tiles."""
     locations = dict(re.findall(r"^#(loc\w*) = loc\((.*)\)$", ttgir, re.MULTILINE))
     load = re.compile(r"(?:tt\.load|async_copy_global_to_local|buffer_load\w*) .*tensor<\d+x\d+x(?:!tt\.ptr<)?(?:bf16|f16|f32)\b")
