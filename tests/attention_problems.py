@@ -91,7 +91,8 @@ class Problem:
         Dv = Dv or {5: 16, 16: 24, 24: 5}.get(D, D)
 
         def rows(n_heads, length, width):
-            x = torch.randn(B, length, n_heads, width, device=device).to(dtype).transpose(1, 2)
+            # as of a projection that has other rows between
+            x = torch.randn(B, length, n_heads + strided, width, device=device).to(dtype)[:, :, :n_heads].transpose(1, 2)
             return x if strided else x.contiguous()
 
         self.query, self.value = rows(H, L, D), rows(Hkv, S, Dv)

@@ -127,6 +127,13 @@ def test_attention_fwd_drops_what_the_oracle_drops(dropout_p, device):
     assert dropout_p < 1 or (out == 0).all()
 
 
+@pytest.mark.parametrize("config", ["window", "bucket"])
+def test_attention_fwd_maps_query_heads_to_key_heads(config, device):
+    """Two heads of queries to each of two of keys, in several rounds, a local one, and rows that attend only themselves."""
+    problem = Problem(device, config, "grouped", True, True, local_window=2, dropout_p=0.2, L=30, H=4, n_buckets=16, strided=True)
+    assert_equals_oracle(problem, problem.run())
+
+
 @pytest.mark.parametrize("case", covering_cases(FACTORS)[:10], ids=name_of)
 def test_attention_fwd_writes_within_its_buffers(case, device, guard_zones):
     problem = Problem(device, **{**case, "L": min(case["L"], 100), "D": min(case["D"], 24), "R": min(case["R"], 2)}, H=2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_problems import Problem, assert_within_budget, covering_cases, name_of
 
 from lsh_kernels import LSHConfig, bucket_sort, local_attention, lsh_attention, lsh_hash, random_rotations, reference
 
@@ -34,11 +35,87 @@ def test_backends_agree_on_outputs_and_gradients(name, shared, padded, device):
         torch.testing.assert_close(triton, twin, rtol=1e-4, atol=1e-4)
 
 
+WHOLE = {
+    "config": ["window", "chunk", "bucket", "wrap"],
+    "keys": ["shared", "separate", "grouped"],
+    "causal": [False, True],
+    "padded": [False, True],
+    "R": [1, 4, 8],
+    "D": [5, 24, 64],
+    "L": [1, 7, 100, 257],
+    "dtype": [torch.float32, torch.float16],
+}
+
+
+def assert_whole_call_equals_the_oracle(problem):
+    """Hashed, sorted and attended by kernels; the oracle is given their buckets, nothing else."""
+    p, Hkv = problem, problem.value.shape[1]
+    rotations = random_rotations(p.query.shape[3], 4, p.config.n_hashes, n_heads=Hkv, device=p.query.device)
+    result = lsh_attention(
+        p.query, p.key, p.value, config=p.config, is_causal=p.causal, key_padding_mask=p.padding, scale=p.scale,
+        rotations=rotations, return_lse=True, backend="triton",
+    )  # fmt: skip
+    p.q_buckets = lsh_hash(p.query, rotations, 4, backend="triton")
+    p.k_buckets = None if p.shared else lsh_hash(p.key, rotations, 4, backend="triton")
+    for got, want, rounded in zip(result, p.oracle(), p.oracle(p.query.dtype), strict=True):
+        assert_within_budget(got, want, rounded)
+
+
+@pytest.mark.parametrize("case", covering_cases(WHOLE), ids=name_of)
+def test_triton_whole_call_equals_the_oracle(case, device):
+    assert_whole_call_equals_the_oracle(Problem(device, **case, H=4 if case["keys"] == "grouped" else 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", ["shared", "grouped"])
+def test_triton_whole_call_in_bf16_equals_the_oracle(keys, device):
+    assert_whole_call_equals_the_oracle(Problem(device, keys=keys, causal=True, R=4, D=64, L=512, H=4, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_triton_whole_call_clamps_hostile_buckets(shared, device, guard_zones):
+    """Ids beyond the buckets, as far as int64 goes: every access is checked, and no row is lost."""
+    qk, v = torch.randn(2, B, H, L, D, device=device)
+    given = [torch.randint(-(2**63), 2**63 - 1, (B, H, 2, L), device=device) for _ in range(2)]
+    arguments = {"config": CONFIGS["window"], "buckets": given[0] if shared else tuple(given), "backend": "triton"}
+    out = lsh_attention(qk, None if shared else qk, v, **arguments)
+    guard_zones()
+    assert out.isfinite().all() and (out != 0).any(-1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [True, False])
+def test_triton_is_captured_by_a_cuda_graph(shared, device):
+    """Forward and backward, replayed on other inputs."""
+    inputs = torch.randn(2 if shared else 3, B, H, 512, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    rotations, config = random_rotations(64, 16, 2, device=device), LSHConfig(n_hashes=2, n_buckets=16)
+
+    def call():
+        query, *key, value = inputs
+        arguments = {"config": config, "is_causal": True, "rotations": rotations, "backend": "triton"}
+        out = lsh_attention(query, key[0] if key else None, value, **arguments)
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    with torch.no_grad():
+        inputs.copy_(torch.randn_like(inputs))
+    graph.replay()
+    for got, want in zip(captured, call(), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("padded", [True, False])
 def test_triton_adds_norm_eps_to_the_mean_square(padded, device):
     """As much of it as changes every logit; 1/norm comes from the hash kernel."""
     config = LSHConfig(n_hashes=2, n_buckets=4, norm_eps=0.5)
-    qk, v = torch.randn(2, B, H, L, D, device=device)
+    qk, v = (torch.randn(B, H, L, D, device=device, requires_grad=True) for _ in range(2))
     mask = torch.rand(B, L, device=device) < 0.2 if padded else None
     rotations = random_rotations(D, 4, 2, device=device)
     out, lse = lsh_attention(
@@ -48,6 +125,8 @@ def test_triton_adds_norm_eps_to_the_mean_square(padded, device):
     true_out, true_lse = reference.lsh_attention(qk, None, v, config=config, key_padding_mask=mask, buckets=buckets)
     torch.testing.assert_close(out.double(), true_out, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)
+    gradients, true_gradients = (torch.autograd.grad(x.square().sum(), (qk, v)) for x in (out, true_out))
+    torch.testing.assert_close(gradients, true_gradients, rtol=1e-4, atol=1e-4)
 
 
 def test_triton_local_attention_agrees_with_the_oracle(device):

@@ -38,8 +38,12 @@ def test_ops_pass_opcheck(backend, keys, device):
     torch.library.opcheck(torch.ops.lsh_kernels.attention_backward.default, arguments)
 
 
+# the number of buckets follows the length where it is not given: 8 from 46 to 90
+@pytest.mark.parametrize(
+    "config, lengths", [(CONFIG, (20, 33, 50)), (LSHConfig(n_hashes=1, window=5, chunk_length=16), (50, 60, 80))]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ops_compile_a_layer_once_for_all_lengths(backend, device, monkeypatch):
+def test_ops_compile_a_layer_once_for_all_lengths(backend, config, lengths, device, monkeypatch):
     """One graph, forward and backward, where the length is marked dynamic; draws of rotations included."""
     monkeypatch.setattr("lsh_kernels.modules.lsh_attention", functools.partial(lsh_attention, backend=backend))
     graphs = []
@@ -49,9 +53,9 @@ def test_ops_compile_a_layer_once_for_all_lengths(backend, device, monkeypatch):
         return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
-    layer = LSHSelfAttention(16, 2, config=CONFIG, causal=True).to(device)
+    layer = LSHSelfAttention(16, 2, config=config, causal=True).to(device)
     compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=count), fullgraph=True)
-    for length in (20, 33, 50):
+    for length in lengths:
         x = torch.randn(1, length, 16, device=device, requires_grad=True)
         torch._dynamo.mark_dynamic(x, 1)
         results = []
@@ -94,6 +98,19 @@ def test_ops_refuse_derivatives_that_they_do_not_have(attend, device):
     for transform in (torch.func.grad, torch.func.jacrev):
         with pytest.raises(NotImplementedError, match="torch.func"):
             transform(loss)(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_ops_map_over_a_batch_like_a_loop(attend, device):
+    """torch.func.vmap has nothing of ours to vectorise, and falls back; gradients inside are refused like grad itself."""
+    x, buckets = torch.randn(3, 1, 2, 20, 8, device=device), torch.randint(2, (1, 2, 2, 20), device=device)
+
+    def call(y):
+        return attend(y, None, y, buckets=buckets)
+
+    torch.testing.assert_close(torch.func.vmap(call)(x), torch.stack([call(y) for y in x]), rtol=0, atol=0)
+    with pytest.raises(NotImplementedError, match="torch.func"):
+        torch.func.vmap(torch.func.grad(lambda y: call(y).sum()))(x)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
