@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -265,6 +266,60 @@ def test_audit_baseline_judges_new_kernels():
         assert any(change.fails for change in audit.compare([GOOD], [GOOD, new | fault]))
     (gone,) = audit.compare([GOOD, new], [GOOD])
     assert gone.after == "gone" and not gone.fails
+
+
+@pytest.mark.parametrize("slots, status", [("54.9", 0), ("55.1", 1)])
+def test_audit_command_fails_where_a_kernel_got_worse(slots, status, tmp_path, monkeypatch, capsys):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(audit, "audit", lambda targets, names: [GOOD | {"slots_per_unit": slots}])
+    audit.write_csv(tmp_path / "baseline.csv", [GOOD])
+    assert audit.main(["--baseline", str(tmp_path / "baseline.csv")]) == status
+    assert f"50.0 -> {slots}" in capsys.readouterr().out
+
+
+def committed(name):
+    return audit.read_csv(Path(__file__).parents[1] / "bench" / "results" / name)
+
+
+def test_audit_committed_rows_meet_the_bars():
+    rows = committed("audit.csv")
+    assert not any(row["error"] for row in rows) and {row["target"] for row in rows} == set(audit.TARGETS)
+    for row in rows:
+        if row["target"] in ("sm_80", "sm_90", "sm_100") and "D256" not in row["case"]:
+            assert row["stack"] == row["spill_stores"] == row["spill_loads"] == "0", row
+        if row["case"].startswith(("bf16", "fp16")):
+            assert row["fma_dots"] == "0", row
+        assert float(row["row_load_128_share"] or 1) >= 0.95, row
+
+
+def test_audit_committed_instructions_per_pair_meet_the_bars():
+    slots = {tuple(row[name] for name in ("target", "case", "kernel")): row["slots_per_unit"] for row in committed("audit.csv")}
+    for case, most in (("bf16-D64-plain", 60.3), ("bf16-D64", 74.5)):
+        forward, backward = (float(slots["sm_90", case, f"_attention_{way}_kernel"]) for way in ("fwd", "bwd"))
+        assert forward < most and backward <= 2.2 * forward
+    for row in committed("dense.csv"):
+        if row["kernel"].startswith("_attention_fwd_kernel") and row["D"] == "64":
+            assert float(row["ratio"]) <= (2 if row["kernel"].endswith("dedupe") else 1.5), row
+
+
+@pytest.mark.parametrize(
+    "registers, shared, warps, ctas, limit",
+    [
+        (255, 0, 4, 2, "registers"),
+        (16, 100_000, 4, 2, "shared memory"),
+        (16, 0, 16, 4, "warps"),
+        (16, 0, 1, 32, "CTAs"),
+        (129, 0, 4, 3, "registers"),
+    ],
+)
+def test_audit_occupancy(registers, shared, warps, ctas, limit):
+    """On sm_90: 65,536 registers, 64 warps, 32 CTAs and 228 KiB per SM."""
+    pytest.importorskip("triton")
+    from lsh_kernels import machine_code, offline
+
+    code = machine_code.Code(registers, 0, 0, 0, shared, warps, 0, {})
+    assert offline.occupancy(code, "sm_90") == (ctas, limit)
 
 
 def test_audit_csv_round_trips(tmp_path):

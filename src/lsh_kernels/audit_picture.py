@@ -16,7 +16,13 @@ def draw(rows: list[dict], estimates: list[time_model.Estimate]):
     targets = list(dict.fromkeys(row["target"] for row in rows))
     kernels = {(row["target"], row["kernel"]): row for row in reversed(rows) if row["case"] in ("bf16-D64", "bf16-D64-64K")}
     names = list(dict.fromkeys(row["kernel"] for row in rows if (row["target"], row["kernel"]) in kernels))
-    _bars(registers, targets, [_label(name) for name in names], lambda target, i: kernels.get((target, names[i])), "registers")
+    _bars(
+        registers,
+        targets,
+        [_label(name).replace(" ", "\n") for name in names],
+        lambda target, i: kernels.get((target, names[i])),
+        "registers",
+    )
     registers.set(title="registers per thread (bf16, D = 64)", ylabel="registers")
     registers.axhline(255, color="0.5", linestyle=":")
 
@@ -26,7 +32,7 @@ def draw(rows: list[dict], estimates: list[time_model.Estimate]):
         if row["unit"] == "pair" and row["case"] in ("bf16-D64-plain", "bf16-D64", "bf16-D128-plain", "bf16-D128")
     }
     calls = sorted({key[1:] for key in attention}, key=lambda call: (call[1], call[0]))
-    labels = [f"{_label(kernel)}\n{case.removeprefix('bf16-')}" for case, kernel in calls]
+    labels = [f"{_label(kernel)}\n{case}".replace("bf16-", "").replace(" ", "\n").replace("-", "\n") for case, kernel in calls]
     _bars(pairs, targets, labels, lambda target, i: attention.get((target, *calls[i])), "slots_per_unit")
     pairs.set(title="instructions per pair of query and candidate (bf16, window 64, R = 4)", ylabel="lanes x instructions")
 
