@@ -270,7 +270,8 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
 
     Each round gives each row its share. Either all rounds run in one launch, and a last kernel adds up the shares, held in
     the dtype of the inputs (*partials*), or they run one after the other and add theirs *in place* to float32 sums. Per
-    position and head, with w = D + Dv columns and e bytes per element (beside inputs, outputs and tables, equal in both):
+    position and head, with w = D + Dv columns and e bytes per element (beside outputs, and inputs and tables, which one
+    launch reads once, R launches R times):
 
     | | memory | DRAM traffic | launches | w = 128, R = 4: 16 bits | fp32 |
     |---|---|---|---|---|---|

@@ -42,7 +42,7 @@ WHOLE = {
     "padded": [False, True],
     "R": [1, 4, 8],
     "D": [5, 24, 64],
-    "L": [1, 7, 100, 257],
+    "L": [1, 7, 64, 100],
     "dtype": [torch.float32, torch.float16],
 }
 
