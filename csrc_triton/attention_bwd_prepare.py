@@ -63,7 +63,7 @@ def prepare_bwd(out, dout, lse, dlse, query, padding, norm_eps, shared):
     D = query.shape[3]
     stats = torch.empty((B, H, L, 2), dtype=torch.float32, device=out.device)
     inverse_norm = torch.empty((B, H, L), dtype=torch.float32, device=out.device) if shared else None
-    block_m, num_warps = 4096 // block_dim(max(D, Dv)), 4
+    block_m, num_warps = _launch_config(D, Dv)
     block_d, block_dv = (block_dim(d, block_m, num_warps, query.element_size()) for d in (D, Dv))
     _attention_bwd_prepare_kernel[(B * H * ceil_div(L, block_m),)](
         out, dout, lse, dlse, query if shared else None, padding, stats, inverse_norm, dout.stride(), query.stride(), H, L,
@@ -71,3 +71,8 @@ def prepare_bwd(out, dout, lse, dlse, query, padding, norm_eps, shared):
         ALIGN=common_align(dout, query), num_warps=num_warps,
     )  # fmt: skip
     return stats, inverse_norm
+
+
+def _launch_config(D, Dv):
+    """(BLOCK_M, num_warps): DRAM bounds it at any tile with few registers per thread; this one has 32 elements of each row."""
+    return 4096 // block_dim(max(D, Dv)), 4

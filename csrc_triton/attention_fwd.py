@@ -235,11 +235,10 @@ def inverse_norms(x, key_padding_mask, norm_eps=0.0):
     """1 / sqrt(sum(x^2) + D * norm_eps) of the rows of x [B, H, L, D], 0 for zero and padded rows: fp32 [B, H, L]."""
     B, H, L, D = x.shape
     out = torch.empty((B, H, L), dtype=torch.float32, device=x.device)
-    block_d = block_dim(D)
-    block_m = 4096 // block_d
+    block_m, block_d, num_warps = _norm_launch_config(D)
     _inverse_norm_kernel[(B * H * ceil_div(L, block_m),)](
         x, key_padding_mask, out, x.stride(), H, L, float(D * norm_eps), D=D, BLOCK_D=block_d, BLOCK_M=block_m,
-        ALIGN=common_align(x),
+        ALIGN=common_align(x), num_warps=num_warps,
     )  # fmt: skip
     return out
 
@@ -259,6 +258,12 @@ def _launch_config(D, Dv, dtype, mode):
         block_m = 32
     blocks = (block_dim(d, min(block_m, block_n), num_warps, dtype.itemsize) for d in (D, Dv))
     return Tile(D, Dv, *blocks, block_m, block_n), num_warps, 2
+
+
+def _norm_launch_config(D):
+    """(BLOCK_M, BLOCK_D, num_warps): DRAM bounds it at any tile with few registers per thread; this one has 32 elements."""
+    block_d = block_dim(D)
+    return 4096 // block_d, block_d, 4
 
 
 def check_inputs(query, key, value, key_padding_mask, seed, state, options, inverse_norm):

@@ -262,11 +262,12 @@ def combine_rounds(out, lse, self_only=None):
     combined_lse = torch.empty((B, H, L), dtype=torch.float32, device=out.device)
     own = self_only or SelfOnly(None, None, None, None, None, None, None, 1.0, 0.0)
     case, qkv, D = None, (out, out, out), own.query.shape[3] if self_only else Dv
-    block_m, block_d, num_warps = _launch_config(D, Dv, out.dtype)
+    block_m, num_warps = _launch_config(D, Dv, out.dtype)
     if self_only:
         qk_block = block_dim(D, block_m, num_warps, out.element_size())
         case = _Case(own.key is None, own.padding is not None, own.dropout_p > 0, own.q_stretched.shape[2], D, qk_block)
         qkv = (own.query, own.query if own.key is None else own.key, own.value)
+    block_d = block_dim(Dv, block_m, num_warps, out.element_size())
     _combine_rounds_fwd_kernel[(B * H * ceil_div(L, block_m),)](
         out, lse, *qkv, own.inverse_norm, own.padding, own.seed, own.q_stretched, combined, combined_lse,
         *(x.stride() for x in qkv), H, qkv[2].shape[1], L, own.scale, *dropout_args(own.dropout_p),
@@ -296,7 +297,7 @@ def combine_rounds_bwd(q_parts, k_parts, call):
     self_only = None
     if call.q_stretched is not None:
         self_only = _SelfGradients(call.dlse is not None, call.dropout_p > 0, call.q_stretched.shape[2])
-    block_m, num_warps = 4096 // (block_dim(max(D, Dv)) * q_parts.element_size()), 4
+    block_m, num_warps = _bwd_launch_config(D, Dv, q_parts.dtype)
     block_d, block_dv = (block_dim(d, block_m, num_warps, call.query.element_size()) for d in (D, Dv))
     n_q_programs = 0 if shared else B * H * ceil_div(L, block_m)
     _combine_rounds_bwd_kernel[(n_q_programs + B * Hkv * ceil_div(S, block_m),)](
@@ -310,9 +311,13 @@ def combine_rounds_bwd(q_parts, k_parts, call):
 
 
 def _launch_config(D, Dv, dtype):
-    """(BLOCK_M, BLOCK_D, num_warps): a tile of 4 KiB gives each of 128 threads two 128-bit loads per round."""
-    block_m, num_warps = 4096 // (block_dim(max(D, Dv)) * dtype.itemsize), 4
-    return block_m, block_dim(Dv, block_m, num_warps, dtype.itemsize), num_warps
+    """(BLOCK_M, num_warps): a tile of 4 KiB gives each of 128 threads two 128-bit loads per round."""
+    return 4096 // (block_dim(max(D, Dv)) * dtype.itemsize), 4
+
+
+def _bwd_launch_config(D, Dv, dtype):
+    """(BLOCK_M, num_warps), as forward's. dtype: of the partial gradients."""
+    return 4096 // (block_dim(max(D, Dv)) * dtype.itemsize), 4
 
 
 def _check(out, lse):

@@ -273,20 +273,26 @@ def interval_tables(state, mode, n_buckets, L, S):
         if mode.WITHIN_BUCKET:
             # queries may ask for a bucket without keys
             bounds = torch.zeros((*order.shape[:3], n_buckets + 1, 2), dtype=torch.int32, device=device)
-    block = 1024
+    block, num_warps = _launch_config()
     if mode.WITHIN_BUCKET or has_coords:
         # so far apart that the reach of a query leads from no bucket to another
         gap = min(max(mode.BEFORE, mode.AFTER), ceil_div(S, mode.CHUNK)) + 1
         n_rows = order.shape[0] * order.shape[1] * R
         _bucket_bounds_kernel[(n_rows * ceil_div(S, block),)](
-            order, stretched, bounds, coords, S, n_buckets, gap, MODE=mode, HAS_COORDS=has_coords, BLOCK=block
-        )
+            order, stretched, bounds, coords, S, n_buckets, gap, MODE=mode, HAS_COORDS=has_coords, BLOCK=block,
+            num_warps=num_warps,
+        )  # fmt: skip
     if mode.SHARED or not (mode.WITHIN_BUCKET or mode.DEDUPE):
         return coords, bounds
     limits = torch.empty((B, H, R, L, 2), dtype=torch.int32, device=device)
-    block = 256
     _stretched_intervals_kernel[(B * H * R * ceil_div(L, block),)](
         q_order, state.q_stretched, order, stretched, bounds, limits, H, order.shape[1], L, S, n_buckets,
-        MODE=mode, BLOCK=block,
+        MODE=mode, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
     return coords, limits
+
+
+def _launch_config():
+    """(BLOCK, num_warps): with one warp no step of a search waits for other warps, and 8 slots per thread share what is worked
+    out once per warp."""
+    return 256, 1

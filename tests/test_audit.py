@@ -5,11 +5,15 @@ own: TRITON_INTERPRET, which the other tests rely on, breaks compilation.
 """
 
 import functools
+import importlib
+import itertools
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -21,7 +25,7 @@ if __name__ == "__main__":
     import triton
     import triton.language as tl
 
-    from lsh_kernels import machine_code, offline
+    from lsh_kernels import LSHConfig, machine_code, offline, sweep, time_model
 
     @triton.jit
     def gather_kernel(x_ptr, index_ptr, out_ptr, row_stride, column_stride, BLOCK: tl.constexpr, MASKED: tl.constexpr):
@@ -95,6 +99,8 @@ if __name__ == "__main__":
         # large enough that LLVM leaves their loops alone: it unrolls small ones, which the audit can't tell
         "dot": lambda: walk(n=128),
         "dot of 128 rows": lambda: walk(m=128, n=128),
+        # a group of four warps works on 64
+        "dot of 16 rows": lambda: walk(m=16, n=128),
         "dot in IEEE fp32": lambda: walk(torch.float32),
         "dot in TF32": lambda: walk(torch.float32, precision="tf32"),
         # few stages of large tiles: in triton 3.9 LLVM needs minutes for many stages on AMD
@@ -137,6 +143,28 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as triton.knobs.cache.dir:
         # where nothing is kept yet
         report["at once"] = machine_code.inspect_all(several) == one_by_one
+
+    class Inline:
+        """A pool that does what it is given at once, in this process."""
+
+        def submit(self, function, *arguments):
+            future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+    # the last two: too many elements per thread, more than a tile may have
+    configs = [(512, 4), (1024, 1), (4096, 1), (2**21, 4)]
+    residual = sweep.SPACES["residual_fwd"]
+    sweep.SPACES["residual_fwd"] = residual._replace(candidates=lambda config: [config, *configs])
+    (trials,) = sweep.sweep("residual_fwd", audit.Case(residual=True), "sm_90", Inline())
+    report["sweep"] = [trial._replace(code=None) for trial in trials], sweep.summary(trials, "residual_fwd")
+    # a kernel's candidates do not change the others, and each call has its own
+    sweep.SPACES["bucket_sort_scan"] = sweep.SPACES["bucket_sort_scan"]._replace(candidates=lambda config: [(8, 2)])
+    case = audit.Case(LSHConfig(n_buckets=(128, 130)))
+    found = sweep.sweep("bucket_sort_scan", case, "sm_90", Inline())
+    scans = [stage.time for stage in time_model.stages(case) if "scan" in stage.kernel]
+    report["sweep of two calls"] = [[(trial.config, trial.shipped, trial.time) for trial in trials] for trials in found], scans
+    report["sweep of none"] = sweep.sweep("stretched_intervals", audit.Case(residual=True), "sm_90", Inline())
     print(json.dumps(report))
     sys.exit()
 
@@ -168,7 +196,8 @@ def test_audit_tells_tensor_cores_from_fma(target):
         if name.startswith("dot") and not row["error"]:
             # AMD's tensor cores take float32 as it is
             by_fma = "IEEE" in name and target == "sm_90"
-            assert (row["tensor"] > 0, row["fma_dots"]) == (not by_fma, by_fma), name
+            path = "" if by_fma else "MFMA" if target == "gfx942" else "HMMA" if "16 rows" in name else "HGMMA"
+            assert (row["tensor"] > 0, row["fma_dots"], row["tensor_path"]) == (not by_fma, by_fma, path), name
     assert all(rows[name]["tensor"] == rows[name]["fma_dots"] == 0 for name in ("gather", "few registers"))
 
 
@@ -203,6 +232,37 @@ def test_audit_finds_scalar_gathers(target):
     assert strided["load_16"] == 64 * 64 * 2 and strided["load_128"] == 0
 
 
+def test_audit_sweep_ranks_what_compiles_and_does_not_spill_by_time():
+    trials, row = measured()["sweep"]
+    configs, shipped, times, _, _, errors = zip(*trials)
+    assert set(map(tuple, configs)) == {(1024, 4), (512, 4), (1024, 1), (4096, 1), (2**21, 4)}
+    assert configs[-2:] == ([4096, 1], [2**21, 4]) and errors[-1] and not any(errors[:-1])
+    assert list(times[:3]) == sorted(times[:3]) and all(times[:4])
+    assert [config for config, was in zip(configs, shipped) if was] == [[1024, 4]]
+    assert (row["shipped"], row["best"]) == ("(1024, 4)", str(tuple(configs[0])))
+    assert (row["shipped_rank"], row["n_trials"]) == (1 + configs.index([1024, 4]), 5)
+
+
+def test_audit_sweep_judges_each_call_by_its_own_launches():
+    found, scans = measured()["sweep of two calls"]
+    assert len(found) == len(scans) == 2
+    for trials, scan in zip(found, scans):
+        assert [time for _, shipped, time in trials if shipped] == [scan]
+        assert [config for config, shipped, _ in trials if not shipped] == [[8, 2]]
+    assert measured()["sweep of none"] == []
+
+
+def test_audit_sweep_knows_every_kernel():
+    pytest.importorskip("triton")
+    from lsh_kernels import csrc_triton, sweep
+
+    modules = [importlib.import_module(f"lsh_kernels.csrc_triton.{m.name}") for m in pkgutil.iter_modules(csrc_triton.__path__)]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert kernels == {f"_{name}_kernel" for name in sweep.SPACES} == set(audit.WORK)
+    functions = {(m.__name__.rpartition(".")[2], name) for m in modules for name in vars(m) if name.endswith("_launch_config")}
+    assert functions == {space[:2] for space in sweep.SPACES.values()}
+
+
 def test_audit_reads_many_kernels_as_it_reads_one():
     assert measured()["at once"]
 
@@ -231,8 +291,8 @@ def test_audit_sees_a_mask_and_a_tile(target):
 
 
 GOOD = dict.fromkeys(audit.FIELDS, "0") | {
-    "target": "sm_90", "case": "c", "kernel": "k", "error": "", "tensor": "64", "slots_per_unit": "50.0",
-    "row_load_128_share": "1.000", "registers": "128",
+    "target": "sm_90", "case": "bf16-D64", "kernel": "k", "error": "", "tensor": "64", "tensor_path": "HGMMA",
+    "slots_per_unit": "50.0", "row_load_128_share": "1.000", "registers": "128",
 }  # fmt: skip
 
 
@@ -243,7 +303,8 @@ GOOD = dict.fromkeys(audit.FIELDS, "0") | {
         ({"stack": "8"}, "stack"),
         ({"spill_stores": "1"}, "spill_stores"),
         ({"spill_loads": "1"}, "spill_loads"),
-        ({"tensor": "0"}, "tensor"),
+        ({"tensor_path": ""}, "tensor_path"),
+        ({"tensor_path": "HMMA"}, "tensor_path"),
         ({"fma_dots": "1"}, "fma_dots"),
         ({"slots_per_unit": "55.1"}, "slots_per_unit"),
         ({"row_load_128_share": "0.500"}, "row_load_128_share"),
@@ -258,8 +319,9 @@ def test_audit_baseline_catches(change, what):
 
 
 def test_audit_baseline_lets_small_changes_pass():
-    changes = audit.compare([GOOD], [GOOD | {"slots_per_unit": "54.9", "registers": "140", "tensor": "32"}])
-    assert {change.what for change in changes} == {"slots_per_unit", "registers", "tensor"}
+    small = {"slots_per_unit": "54.9", "registers": "140", "tensor": "32", "tensor_path": "HGMMA HMMA"}
+    changes = audit.compare([GOOD], [GOOD | small])
+    assert {change.what for change in changes} == set(small)
     assert not any(change.fails for change in changes)
 
 
@@ -280,6 +342,29 @@ def test_audit_command_fails_where_a_kernel_got_worse(slots, status, tmp_path, m
     audit.write_csv(tmp_path / "baseline.csv", [GOOD])
     assert audit.main(["--baseline", str(tmp_path / "baseline.csv")]) == status
     assert f"50.0 -> {slots}" in capsys.readouterr().out
+
+
+def test_audit_accepts_what_it_audited_and_leaves_the_rest(tmp_path, monkeypatch, capsys):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    others = [GOOD | {"target": "gfx942"}, GOOD | {"case": "fp32-D64-trax"}]
+    found, path = [GOOD | {"registers": "140"}, GOOD | {"kernel": "new"}], tmp_path / "rows.csv"
+    monkeypatch.setattr(audit, "audit", lambda targets, names: found)
+    audit.write_csv(path, [GOOD, GOOD | {"kernel": "gone"}, *others])
+    assert audit.main(["--targets", "sm_90", "--out", str(path)]) == 0
+    assert audit.read_csv(path) == found + others
+    # nor does it compare with what it has not audited
+    capsys.readouterr()
+    assert audit.main(["--targets", "sm_90", "--baseline", str(path)]) == 0
+    assert "0 changes" in capsys.readouterr().out
+
+
+def test_audit_full_has_every_variant_in_every_dtype():
+    everyday, full = audit.cases(), audit.cases(full=True)
+    # first, so that a kernel is in the same row with the others and without
+    assert list(full)[: len(everyday)] == list(everyday)
+    for dtype, head_dim, variant in itertools.product(audit.DTYPES, (64, 128), audit._VARIANTS):
+        assert full[f"{dtype}-D{head_dim}{variant}"][1:3] == (dtype, head_dim)
 
 
 def committed(name):
@@ -322,7 +407,7 @@ def test_audit_occupancy(registers, shared, warps, ctas, limit):
     pytest.importorskip("triton")
     from lsh_kernels import machine_code, offline
 
-    code = machine_code.Code(registers, 0, 0, 0, shared, warps, 0, {})
+    code = machine_code.Code(registers, 0, 0, 0, shared, warps, 0, "", {})
     assert offline.occupancy(code, "sm_90") == (ctas, limit)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import itertools
 import math
 import multiprocessing
 import os
@@ -68,11 +69,10 @@ _VARIANTS = {
 }
 
 
-def cases() -> dict[str, Case]:
-    """The calls that are audited, by name."""
+def cases(full: bool = False) -> dict[str, Case]:
+    """The calls that are audited, by name. full: fp16 and fp32 in all variants, too, as bf16 always is."""
     found = {f"bf16-D{dim}{name}": case._replace(head_dim=dim) for dim in (64, 128) for name, case in _VARIANTS.items()}
     found |= {f"bf16-D{head_dim}": Case(head_dim=head_dim) for head_dim in (32, 96, 256)}
-    # the two 16-bit types differ in conversions alone
     for dtype, head_dim in (("fp16", 64), ("fp16", 128), ("fp32", 64), ("fp32", 128)):
         found[f"{dtype}-D{head_dim}"] = Case(dtype=dtype, head_dim=head_dim)
     found |= {f"bf16-D64-R{n_hashes}": Case(LSHConfig(n_hashes=n_hashes)) for n_hashes in (8, 17)}
@@ -80,6 +80,10 @@ def cases() -> dict[str, Case]:
     found["bf16-D64-given-buckets"] = Case(given_buckets=True)
     found["bf16-D64-64K"] = Case(length=2**16)
     found |= {f"{dtype}-residual": Case(dtype=dtype, residual=True) for dtype in ("bf16", "fp32")}
+    if full:
+        # last: a kernel that several cases share is in the same row with them and without
+        for dtype, head_dim, (name, case) in itertools.product(("fp16", "fp32"), (64, 128), _VARIANTS.items()):
+            found[f"{dtype}-D{head_dim}{name}"] = case._replace(dtype=dtype, head_dim=head_dim)
     return found
 
 
@@ -172,7 +176,8 @@ def work_of(launched) -> Work:
 _WIDTHS = [f"{kind}_{width}" for kind in ("load", "store") for width in (128, 64, 32, 16, 8)]
 FIELDS = (
     *"triton target case kernel error warps registers stack spill_stores spill_loads shared ctas resident_warps limit".split(),
-    *"tensor fma_dots mufu".split(), *_WIDTHS, *"row_load_128_share sass_in_loops sass_outside unit slots_per_unit".split(),
+    *"tensor tensor_path fma_dots mufu".split(), *_WIDTHS, "row_load_128_share",
+    *"sass_in_loops sass_outside unit slots_per_unit".split(),
 )  # fmt: skip
 
 
@@ -192,7 +197,8 @@ def measure(launched, target: str) -> dict:
     return row | {
         "warps": code.warps, "registers": code.registers, "stack": code.stack, "spill_stores": code.spill_stores,
         "spill_loads": code.spill_loads, "shared": code.shared, "ctas": ctas, "resident_warps": ctas * code.warps,
-        "limit": limit, "fma_dots": code.fma_dots, "unit": work.unit, "slots_per_unit": f"{slots:.1f}",
+        "limit": limit, "tensor_path": code.tensor_path, "fma_dots": code.fma_dots, "unit": work.unit,
+        "slots_per_unit": f"{slots:.1f}",
         "row_load_128_share": f"{static['row_load_128'] / static['row_load']:.3f}" if static["row_load"] else "",
         "sass_in_loops": (static["issue"] - code.counts[0]["issue"]) // code.warps,
         "sass_outside": code.counts[0]["issue"] // code.warps,
@@ -206,18 +212,18 @@ def audit_case(target: str, name: str) -> list[tuple[dict, object]]:
     from . import machine_code, offline
 
     with offline.compile_only(target) as launches:
-        launch(cases()[name])
+        launch(cases(full=True)[name])
     # all at once, which is faster
     machine_code.inspect_all([launched.kernel for launched in launches if not launched.error])
     labels = {"triton": triton.__version__, "case": name}
     return [(measure(launched, target) | labels, launched.kernel and launched.kernel.hash) for launched in launches]
 
 
-def audit(targets, names, workers=None) -> list[dict]:
+def audit(targets, names) -> list[dict]:
     """Rows of `FIELDS` of all cases for all targets; a kernel that several cases share is in the first one's."""
     # neighbours share no kernel, which two workers would compile at the same time
     tasks = [(target, name) for name in names for target in targets]
-    with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
+    with workers() as pool:
         found = dict(zip(tasks, tqdm(pool.map(audit_case, *zip(*tasks)), "audit", len(tasks))))
     rows, seen = [], set()
     for target in targets:
@@ -229,6 +235,11 @@ def audit(targets, names, workers=None) -> list[dict]:
                     n = sum(kernel.partition(" ")[0] == row["kernel"] for _, _, kernel in like)
                     rows.append(row | {"kernel": row["kernel"] + f" {n + 1}" * (n > 0)})
     return rows
+
+
+def workers():
+    """Processes to compile in, one per core."""
+    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_start_worker)
 
 
 def _start_worker():
@@ -268,7 +279,8 @@ def _differences(old, row):
         old = dict.fromkeys(FIELDS, "")
     fails = {
         "error": bool(row["error"]),
-        "tensor": _number(row, "tensor") == 0 < _number(old, "tensor"),
+        "tensor": False,
+        "tensor_path": _lost_path(old["tensor_path"].split(), row["tensor_path"].split()),
         "registers": False,
         "slots_per_unit": _number(row, "slots_per_unit") > 1.1 * _number(old, "slots_per_unit") > 0,
         # a hundredth is noise of code that the compiler has doubled
@@ -280,6 +292,11 @@ def _differences(old, row):
         if what == "error" or not row["error"]:
             if str(old[what]) != str(row[what]) and (worse or not is_new):
                 yield what, worse
+
+
+def _lost_path(old, new):
+    """No tensor cores any more, or not by the instructions of a later generation."""
+    return bool(old and not new or set(old) - {"HMMA"} - set(new))
 
 
 def _number(row, what):
@@ -323,9 +340,9 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def write_csv(path, rows):
+def write_csv(path, rows, fields=FIELDS):
     with Path(path).open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -333,32 +350,40 @@ def write_csv(path, rows):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m lsh_kernels audit", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, metavar="TARGET")
-    parser.add_argument("--cases", nargs="+", default=list(cases()), choices=list(cases()), metavar="CASE")
-    parser.add_argument("--out", type=Path, help="write the rows to this CSV file; with the baseline's name it accepts them")
+    parser.add_argument("--cases", nargs="+", choices=list(cases(full=True)), metavar="CASE")
+    parser.add_argument("--full", action="store_true", help="fp16 and fp32 in all variants, too; twice as long")
+    parser.add_argument("--out", type=Path, help="write rows to this CSV file in place of those of the same targets and cases")
     parser.add_argument("--baseline", type=Path, help="compare with this CSV file; exit status 1 if something got worse")
     parser.add_argument("--model", action="store_true", help="print modelled times, their bounds and assumptions")
     parser.add_argument("--measured", type=Path, help="with --model: a CSV file of bench, for the model's error")
     parser.add_argument("--picture", type=Path, help="draw rows and modelled times into this file")
-    parser.add_argument("--sweep", metavar="MODULE", help="rank tiles, warps, stages of attention_fwd, hashing, ..; no table")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="KERNEL",
+        help="instead: rank tiles, warps, stages of these kernels (all, attention_fwd, ..)",
+    )
     options = parser.parse_args(argv)
     from triton import knobs
 
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
     if options.sweep:
-        return _sweep(options)
-    if options.baseline and options.cases != list(cases()):
+        return _sweep(parser, options)
+    if options.baseline and options.cases:
         parser.error("--baseline compares all cases: a kernel that several share is in the first one's")
+    options.cases = options.cases or list(cases(options.full))
     baseline = read_csv(options.baseline) if options.baseline else []
     rows = audit(options.targets, options.cases)
     print_table(rows)
     if options.out:
-        write_csv(options.out, rows)
+        there = read_csv(options.out) if options.out.exists() else []
+        write_csv(options.out, rows + [row for row in there if not _covers(options, row)])
     if options.model or options.picture:
         _model(options, rows)
     if not options.baseline:
         return 0
-    covered = [row for row in baseline if row["target"] in options.targets]
+    covered = [row for row in baseline if _covers(options, row)]
     changes = compare(covered, rows)
     print(f"\nagainst {options.baseline}: {len(changes)} changes")
     print_changes(changes)
@@ -366,6 +391,10 @@ def main(argv=None):
     if versions:
         print(f"the baseline is of triton {', '.join(versions)}")
     return int(any(change.fails for change in changes))
+
+
+def _covers(options, row):
+    return row["target"] in options.targets and row["case"] in options.cases
 
 
 def _model(options, rows):
@@ -381,11 +410,20 @@ def _model(options, rows):
         audit_picture.draw(rows, estimates).savefig(options.picture, dpi=150)
 
 
-def _sweep(options):
+def _sweep(parser, options):
     from . import sweep
 
-    for name in options.cases:
-        for target in options.targets:
-            print(f"\n{options.sweep}, {name}, {target}, modelled with the rates of an H100")
-            sweep.print_trials(sweep.sweep(options.sweep, cases()[name], target), target)
+    if "all" in options.sweep:
+        options.sweep = list(sweep.SPACES)
+    if unknown := set(options.sweep) - set(sweep.SPACES):
+        parser.error(f"--sweep: got {' '.join(sorted(unknown))}, wanted all or some of {' '.join(sweep.SPACES)}")
+    rows = []
+    with workers() as pool:
+        for target, name, kernel in itertools.product(options.targets, options.cases, options.sweep):
+            for trials in sweep.sweep(kernel, cases(full=True)[name], target, pool):
+                print(f"\n{kernel}, {name}, {target}, modelled with the rates of an H100", flush=True)
+                sweep.print_trials(trials, target)
+                rows.append(sweep.summary(trials, kernel) | {"target": target, "case": name})
+    if options.out:
+        write_csv(options.out, rows, sweep.FIELDS)
     return 0

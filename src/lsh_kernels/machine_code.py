@@ -38,6 +38,7 @@ class Code(NamedTuple):
     shared: int  # bytes
     warps: int
     fma_dots: int  # tile products that are not on tensor cores
+    tensor_path: str  # the kinds of tensor instructions, as HGMMA
     counts: dict[int, Counter]
 
     @property
@@ -111,6 +112,7 @@ def _read_cubins(kernels) -> list[Code]:
     return [_read_sass(kernel, lines) for kernel, lines in zip(kernels, found)]
 
 
+_TENSOR = {"HMMA", "HGMMA", "UTCHMMA", "IMMA", "DMMA"}
 _SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", re.MULTILINE)
 
 
@@ -132,7 +134,7 @@ def _read_sass(kernel, lines) -> Code:
     opcodes = Counter(i.opcode.partition(".")[0] for i in instructions)
     return Code(
         *resources(kernel), opcodes["STL"], opcodes["LDL"], kernel.metadata.shared, kernel.metadata.num_warps,
-        _fma_dots(kernel), _count(kernel, instructions, _classify_sass),
+        _fma_dots(kernel), " ".join(sorted(opcodes.keys() & _TENSOR)), _count(kernel, instructions, _classify_sass),
     )  # fmt: skip
 
 
@@ -167,9 +169,10 @@ def _read_amdgcn(kernel) -> Code:
     # scalar registers spill into lanes of vector registers: the stack that is set aside for them stays untouched
     stores, loads = (sum(i.opcode.startswith(f"scratch_{what}") for i in instructions) for what in ("store", "load"))
     stack = metadata("private_segment_fixed_size") if stores or loads else 0
+    tensor_path = "MFMA" if any(i.opcode.startswith("v_mfma") for i in instructions) else ""
     return Code(
         metadata("vgpr_count"), stack, stores, loads, kernel.metadata.shared, kernel.metadata.num_warps,
-        _fma_dots(kernel), _count(kernel, instructions, _classify_amdgcn),
+        _fma_dots(kernel), tensor_path, _count(kernel, instructions, _classify_amdgcn),
     )  # fmt: skip
 
 
@@ -275,7 +278,7 @@ def _classify_sass(opcode):
         return "store" if name == "STG" else "load", (widths + narrow + [32])[0]
     if name == "MUFU":
         return "mufu", 1
-    if name in ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "DMMA"):
+    if name in _TENSOR:
         if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode):
             # by a group of four warps
             m, n, k = map(int, shape.groups())

@@ -1,12 +1,17 @@
-"""Tile shapes, warps and stages of a kernel, ranked by the time model: evidence for the `_launch_config` functions."""
+"""Tile shapes, warps and stages of a kernel, ranked by the time model: evidence for the `_launch_config` functions.
+
+Stages only cost here: the model does not see what fetching ahead hides.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from itertools import product
 from typing import NamedTuple
 from unittest import mock
 
+import triton
 from tqdm import tqdm
 
 from . import audit, machine_code, offline, time_model
@@ -14,37 +19,69 @@ from . import audit, machine_code, offline, time_model
 
 def _attention(config):
     tile, _, _ = config
-    for m, n, num_warps, num_stages in product((16, 32, 64, 128), (16, 32, 64), (1, 2, 4, 8), (1, 2, 3)):
-        # a warp needs 16 rows for a tensor instruction, and too many rows per warp do not fit into registers
-        if 16 <= m / num_warps <= 64:
+    for m, n, num_warps, num_stages in product((16, 32, 64, 128), (16, 32, 64), (1, 2, 4, 8), (1, 2)):
+        # a warp needs 16 rows or columns for a tensor instruction, and too many rows per warp do not fit into registers
+        if 8 <= m / num_warps <= 64:
             yield tile._replace(M=m, N=n), num_warps, num_stages
 
 
 def _hashing(config):
     _, block_d, *_ = config
-    for block_m, block_w, num_warps, num_stages in product((64, 128, 256), (16, 32, 64), (4, 8), (1, 2)):
+    for block_m, block_w, num_warps, num_stages in product((32, 64, 128, 256), (16, 32, 64), (4, 8), (1, 2)):
         yield block_m, block_d, block_w, num_warps, num_stages
 
 
-def _combine_rounds(config):
-    block_m, block_d, _ = config
-    for rows, num_warps in product((block_m // 2, block_m, 2 * block_m, 4 * block_m), (1, 2, 4, 8)):
-        if rows:
-            yield rows, block_d, num_warps
+def _warps(config):
+    return (1, 2, 4, 8)
 
 
-# module of csrc_triton: what its `_launch_config` may return, given what it does return
+def _rows(config):
+    """Around (size of a block, what is left as it is .., num_warps)."""
+    size, *others, _ = config
+    for log2_times, num_warps in product((-2, -1, 0, 1, 2), (1, 2, 4, 8)):
+        if size * 2.0**log2_times >= 1:
+            yield int(size * 2.0**log2_times), *others, num_warps
+
+
+class Space(NamedTuple):
+    """Where the configuration of a kernel comes from, and what else it may be, given what it is. Kernels that share one are
+    judged together."""
+
+    module: str  # of csrc_triton
+    function: str
+    candidates: Callable
+
+
+# by name, less what all names of kernels have
 SPACES = {
-    "attention_fwd": _attention,
-    "attention_bwd": _attention,
-    "hashing": _hashing,
-    "bucket_sort": lambda num_warps: (1, 2, 4, 8),
-    "combine_rounds": _combine_rounds,
+    "attention_fwd": Space("attention_fwd", "_launch_config", _attention),
+    "attention_bwd": Space("attention_bwd", "_launch_config", _attention),
+    "attention_bwd_prepare": Space("attention_bwd_prepare", "_launch_config", _rows),
+    "bucket_bounds": Space("intervals", "_launch_config", _rows),
+    "bucket_sort_count": Space("bucket_sort", "_launch_config", _warps),
+    "bucket_sort_scan": Space("bucket_sort", "_scan_launch_config", _rows),
+    "bucket_sort_scatter": Space("bucket_sort", "_launch_config", _warps),
+    "combine_rounds_bwd": Space("combine_rounds", "_bwd_launch_config", _rows),
+    "combine_rounds_fwd": Space("combine_rounds", "_launch_config", _rows),
+    "hashing_fwd": Space("hashing", "_launch_config", _hashing),
+    "inverse_norm": Space("attention_fwd", "_norm_launch_config", _rows),
+    "residual_fwd": Space("residual", "_launch_config", _rows),
+    "stretched_intervals": Space("intervals", "_launch_config", _rows),
 }
 
 
+class Part(NamedTuple):
+    """One launch of a trial: what tells it from another, its modelled time, its code."""
+
+    identity: tuple
+    stage: time_model.Stage | None
+    code: machine_code.Code | None
+    error: str
+
+
 class Trial(NamedTuple):
-    """One configuration: seconds of all launches of the kernels that it configures; code of the slowest."""
+    """One configuration for one call of the function: seconds of the launches that any candidate changes; bound and code of
+    the slowest of them."""
 
     config: object
     shipped: bool
@@ -58,36 +95,68 @@ class Trial(NamedTuple):
         return bool(self.error), self.code is not None and self.code.spills, self.time
 
 
-def sweep(module_name: str, case: audit.Case, target: str = "sm_90") -> list[Trial]:
-    """Trials of the configurations of a module's kernels, the fastest first, those that spill or do not compile last. The
-    rates are those of `time_model.H100`, whatever the target."""
-    module = import_module(f"lsh_kernels.csrc_triton.{module_name}")
-    card = time_model.H100._replace(target=target)
-    original, configs = module._launch_config, []
+def sweep(kernel: str, case: audit.Case, target: str, pool) -> list[list[Trial]]:
+    """Trials of the configurations of a kernel, for each set of arguments that its `_launch_config` is called with in a case
+    (none where the case has no such kernel): the fastest first, those that spill or do not compile last. The rates are those
+    of `time_model.H100`, whatever the target. pool: of `audit.workers`."""
+    shipped, configs = launch_with(kernel, case, target)
+    found = []
+    for call, config in configs.items():
+        others = [other for other in dict.fromkeys(SPACES[kernel].candidates(config)) if other != config]
+        tasks = [pool.submit(launch_with, kernel, case, target, call, other) for other in others]
+        launched = {config: shipped}
+        for other, task in zip(others, tqdm(tasks, f"{kernel} {target}", leave=False)):
+            launched[other], _ = task.result()
+        changed = sorted(
+            {i for parts in launched.values() for i, part in enumerate(parts) if part.identity != shipped[i].identity}
+        )
+        trials = [_trial(other, other == config, [parts[i] for i in changed]) for other, parts in launched.items()]
+        found.append(sorted(trials, key=lambda trial: trial.rank))
+    return found
 
-    def record(*arguments):
-        configs.append(original(*arguments))
-        return configs[-1]
 
-    with mock.patch.object(module, "_launch_config", record):
-        launches = _launches(target, case)
-    shipped = configs[0]
-    others = {launched.name for launched in launches} - _kernels_of(module)
-    trials = []
-    candidates = dict.fromkeys([shipped, *SPACES[module_name](shipped)])
-    for config in tqdm(candidates, desc=f"{module_name} {target}", leave=False):
-        with mock.patch.object(module, "_launch_config", lambda *arguments, config=config: config):
-            launches = [launched for launched in _launches(target, case) if launched.name not in others]
-        errors = [launched.error for launched in launches if launched.error]
-        if errors:
-            trials.append(Trial(config, config == shipped, 0.0, "", None, errors[0]))
-            continue
-        stages = [time_model.stage_of(launched, card) for launched in launches]
-        slowest = max(range(len(stages)), key=lambda i: stages[i].time)
-        time = sum(stage.time for stage in stages)
-        code = machine_code.inspect(launches[slowest].kernel)
-        trials.append(Trial(config, config == shipped, time, stages[slowest].bound, code, ""))
-    return sorted(trials, key=lambda trial: trial.rank)
+def launch_with(kernel, case, target, call=None, config=None) -> tuple[list[Part], dict]:
+    """Launches of a case where the kernel's function returns `config` if it is called with `call`, and what it returns of itself
+    for each call."""
+    space, card, configs = SPACES[kernel], time_model.H100._replace(target=target), {}
+    module = import_module(f"lsh_kernels.csrc_triton.{space.module}")
+    original = getattr(module, space.function)
+
+    def launch_config(*arguments):
+        configs.setdefault(arguments, original(*arguments))
+        return config if arguments == call else configs[arguments]
+
+    with mock.patch.object(module, space.function, launch_config), offline.compile_only(target) as launches:
+        audit.launch(case)
+    parts = []
+    for launched in launches:
+        stage = code = kernel_hash = None
+        if not launched.error:
+            stage, code = time_model.stage_of(launched, card), machine_code.inspect(launched.kernel)
+            kernel_hash = launched.kernel.hash
+        parts.append(Part((launched.name, kernel_hash, launched.grid), stage, code, launched.error))
+    return parts, configs
+
+
+def _trial(config, is_shipped, parts):
+    errors = [part.error for part in parts if part.error]
+    if errors or not parts:
+        return Trial(config, is_shipped, 0.0, "", None, "".join(errors[:1]))
+    slowest = max(parts, key=lambda part: part.stage.time)
+    return Trial(config, is_shipped, sum(part.stage.time for part in parts), slowest.stage.bound, slowest.code, "")
+
+
+FIELDS = "triton target case kernel shipped shipped_ms shipped_rank n_trials best best_ms bound".split()
+
+
+def summary(trials: list[Trial], kernel: str) -> dict:
+    """The row of `FIELDS` that says how good what is shipped is, but for target and case."""
+    best, (rank, shipped) = trials[0], next((i, trial) for i, trial in enumerate(trials) if trial.shipped)
+    return {
+        "triton": triton.__version__, "kernel": kernel, "shipped": _shown(shipped.config),
+        "shipped_ms": f"{shipped.time * 1e3:.4f}", "shipped_rank": rank + 1, "n_trials": len(trials),
+        "best": _shown(best.config), "best_ms": f"{best.time * 1e3:.4f}", "bound": best.bound,
+    }  # fmt: skip
 
 
 def print_trials(trials: list[Trial], target: str, n_best: int = 10):
@@ -95,26 +164,19 @@ def print_trials(trials: list[Trial], target: str, n_best: int = 10):
     for i, trial in enumerate(trials):
         if i >= n_best and not trial.shipped:
             continue
-        config = trial.config
-        if isinstance(config, tuple) and hasattr(config[0], "M"):
-            config = f"{config[0].M}x{config[0].N}, warps {config[1]}, stages {config[2]}"
         mark = "shipped" if trial.shipped else ""
         if trial.error:
-            print(f"{i + 1:3} {config!s:32} {trial.error[:60]} {mark}")
+            print(f"{i + 1:3} {_shown(trial.config):32} {trial.error[:60]} {mark}")
             continue
-        ctas, limit = offline.occupancy(trial.code, target)
-        spills = f"spills {trial.code.stack} B" if trial.code.spills else ""
+        code, (ctas, limit) = trial.code, offline.occupancy(trial.code, target)
+        spills = f"spills {code.stack} B" if code.spills else ""
         print(
-            f"{i + 1:3} {config!s:32} {trial.time * 1e3:8.4f} ms by {trial.bound:6} {trial.code.registers:3} registers, "
+            f"{i + 1:3} {_shown(trial.config):32} {trial.time * 1e3:8.4f} ms by {trial.bound:6} {code.registers:3} registers, "
             f"{ctas} CTAs by {limit:13} {spills} {mark}"
         )
 
 
-def _launches(target, case):
-    with offline.compile_only(target) as launches:
-        audit.launch(case)
-    return launches
-
-
-def _kernels_of(module):
-    return {name for name in vars(module) if name.endswith("_kernel")}
+def _shown(config) -> str:
+    if isinstance(config, tuple) and hasattr(config[0], "M"):
+        config = f"{config[0].M}x{config[0].N}, warps {config[1]}, stages {config[2]}"
+    return str(config)
