@@ -69,16 +69,22 @@ def test_ops_compile_a_layer_once_for_all_lengths(backend, config, lengths, devi
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_ops_under_autocast_do_what_sdpa_does(dtype, device):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ops_under_autocast_do_what_sdpa_does(backend, dtype, device):
     """fp32 inputs, mixed inputs: out in autocast's dtype, gradients in that of the inputs; float64 is left alone."""
+    if backend == "triton":
+        pytest.importorskip("triton")
     x, half = torch.randn(1, 2, 20, 8, device=device), torch.randn(1, 2, 20, 8, device=device).to(dtype)
-    window = functools.partial(local_attention, window=5, backend="torch")
-    for attend in (F.scaled_dot_product_attention, functools.partial(lsh_attention, backend="torch"), window):
+    ours = functools.partial(lsh_attention, buckets=(torch.randint(2, (1, 2, 2, 20), device=device),) * 2, config=CONFIG)
+    for attend in (F.scaled_dot_product_attention, ours, functools.partial(local_attention, window=5)):
+        if attend is not F.scaled_dot_product_attention:
+            attend = functools.partial(attend, backend=backend)
         query, key, value = x.clone().requires_grad_(), half.clone().requires_grad_(), x.clone().requires_grad_()
         with torch.autocast(device.type, dtype=dtype):
             out = attend(query, key, value)
-            double = attend(x.double(), x.double(), x.double())
-        assert out.dtype == dtype and double.dtype == torch.float64
+            if backend == "torch":
+                assert attend(x.double(), x.double(), x.double()).dtype == torch.float64
+        torch.testing.assert_close(out, attend(*(t.detach().to(dtype) for t in (query, key, value))), rtol=0, atol=0)
         gradients = torch.autograd.grad(out.float().sum(), (query, key, value))
         assert [g.dtype for g in gradients] == [torch.float32, dtype, torch.float32]
 
