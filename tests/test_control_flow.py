@@ -2,7 +2,7 @@
 
 import pytest
 
-from lsh_kernels.control_flow import Instruction, loop_depths
+from lsh_kernels.control_flow import Instruction, leads_to, loop_depths
 
 
 def program(*lines):
@@ -37,6 +37,30 @@ NO_JUMPS = ("MOV", "EXIT"), [0, 0]
 )
 def test_loop_depths(lines, depths):
     assert loop_depths(program(*lines)) == depths
+
+
+def test_leads_to_what_a_way_passes():
+    instructions = program("BRA > end", "CALL", "sub: MUL", "RET", "end: ADD", "other: SHL", "EXIT")
+    for label, opcode, leads in (("sub", "RET", True), ("end", "SHL", True), ("other", "ADD", False), ("end", "RET", False)):
+        assert leads_to(instructions, label, opcode) == leads
+    with pytest.raises(KeyError, match="lost"):
+        leads_to(instructions, "lost", "RET")
+
+
+def test_sass_leaves_loops_by_calls_that_do_not_return():
+    """As ptxas has it for sm_80: nested loops, each left by a call of what follows it; and a subroutine, which returns."""
+    pytest.importorskip("triton")
+    from lsh_kernels.machine_code import sass_instructions
+
+    lines = [
+        (0x00, "", "MOV", ""), (0x10, "", "IADD3", ""), (0x20, "", "HMMA.16816.F32", ""),
+        (0x30, "@!P2", "CALL.REL.NOINC", " 0x70"), (0x40, "@P4 ", "CALL.REL.NOINC", " 0x60 "), (0x50, "", "BRA", " 0x20 "),
+        (0x60, "@P4 ", "CALL.REL.NOINC", " 0x80 "), (0x68, "", "BRA", " 0x10 "), (0x70, "", "RET.REL.NODEC", " R2 0x0 "),
+        (0x80, "", "STG", ""), (0x90, "", "EXIT", ""),
+    ]  # fmt: skip
+    assert loop_depths(sass_instructions("k", lines)) == [0, 1, 2, 2, 2, 2, 1, 1, None, 0, 0]
+    with pytest.raises(ValueError, match="k: jumps through a table"):
+        sass_instructions("k", [(0, "", "BRX", " R2 0x0"), *lines])
 
 
 def test_loop_depths_refuses_a_jump_to_nowhere():

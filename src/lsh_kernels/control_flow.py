@@ -20,14 +20,8 @@ def loop_depths(instructions: list[Instruction]) -> list[int | None]:
     """How many loops each instruction is inside of, wherever the compiler has put it. None: no jump leads there from the
     first one (subroutines that are called in rare cases, padding). Waits are no loops: a program spins for a barrier, as a rule
     once. Raises KeyError for a jump to a label that is nowhere."""
-    blocks = _blocks(instructions)
-    block_at = {label: b for b, block in enumerate(blocks) for label in instructions[block.start].labels}
-    followers = []
-    for b, block in enumerate(blocks):
-        last = instructions[block[-1]]
-        jumps = [block_at[last.jump]] if last.jump else []
-        followers.append(jumps + [b + 1] * (last.falls and b + 1 < len(blocks)))
-    order = _reached(followers)
+    blocks, followers, _ = _flow(instructions)
+    order = _reached(followers, 0)
     leaders = [[] for _ in blocks]
     for b in order:
         for follower in followers[b]:
@@ -47,8 +41,26 @@ def loop_depths(instructions: list[Instruction]) -> list[int | None]:
     return depths
 
 
-def _blocks(instructions):
-    starts, targets = {0}, {instruction.jump for instruction in instructions}
+def leads_to(instructions: list[Instruction], label: str, opcode: str) -> bool:
+    """Whether a way from a label passes an opcode that begins so. KeyError: no such label."""
+    blocks, followers, block_at = _flow(instructions, label)
+    return any(instructions[i].opcode.startswith(opcode) for b in _reached(followers, block_at[label]) for i in blocks[b])
+
+
+def _flow(instructions, *entries):
+    """Basic blocks, the ones that may follow each, and the one behind each label that is an entry or that a jump leads to."""
+    blocks = _blocks(instructions, entries)
+    block_at = {label: b for b, block in enumerate(blocks) for label in instructions[block.start].labels}
+    followers = []
+    for b, block in enumerate(blocks):
+        last = instructions[block[-1]]
+        jumps = [block_at[last.jump]] if last.jump else []
+        followers.append(jumps + [b + 1] * (last.falls and b + 1 < len(blocks)))
+    return blocks, followers, block_at
+
+
+def _blocks(instructions, entries):
+    starts, targets = {0}, {*entries, *(instruction.jump for instruction in instructions)}
     for i, instruction in enumerate(instructions):
         if not targets.isdisjoint(instruction.labels):
             starts.add(i)
@@ -58,9 +70,9 @@ def _blocks(instructions):
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(instructions)])]
 
 
-def _reached(followers):
-    """Blocks that the first one leads to, depth first."""
-    found, waiting = {}, [0]
+def _reached(followers, first):
+    """Blocks that a block leads to, depth first."""
+    found, waiting = {}, [first]
     while waiting:
         if (b := waiting.pop()) not in found:
             found[b] = None

@@ -20,7 +20,7 @@ from triton import knobs
 from triton.runtime.cache import get_cache_manager
 
 from . import control_flow
-from .control_flow import Instruction, loop_depths
+from .control_flow import Instruction, leads_to, loop_depths
 
 
 class Code(NamedTuple):
@@ -118,24 +118,36 @@ _SASS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)
 
 def _read_sass(kernel, lines) -> Code:
     """lines: (address, predicate, opcode, operands)."""
-    instructions, labels = [], ()
-    for address, predicate, opcode, operands in lines:
-        labels += (hex(address),)
-        if opcode == "NOP":
-            continue
-        if opcode.startswith(("BRX", "JMX")):
-            raise ValueError(f"{kernel.name}: jumps through a table are not followed")
-        # warps do not diverge here, as a rule
-        jump = re.search(r"0x[0-9a-f]+", operands) if opcode.startswith("BRA") and opcode != "BRA.DIV" else None
-        # a branch may have another predicate among its operands
-        always = opcode.startswith(("EXIT", "RET")) or (jump and operands.lstrip().startswith("0x"))
-        instructions.append(Instruction(opcode, jump[0] if jump else "", bool(predicate or not always), labels))
-        labels = ()
+    instructions = sass_instructions(kernel.name, lines)
     opcodes = Counter(i.opcode.partition(".")[0] for i in instructions)
     return Code(
         *resources(kernel), opcodes["STL"], opcodes["LDL"], kernel.metadata.shared, kernel.metadata.num_warps,
         _fma_dots(kernel), " ".join(sorted(opcodes.keys() & _TENSOR)), _count(kernel, instructions, _classify_sass),
     )  # fmt: skip
+
+
+def sass_instructions(name: str, lines: list[tuple]) -> list[Instruction]:
+    """What follows what in a kernel's lines (address, predicate, opcode, operands). ValueError: that can't be told."""
+    instructions, labels, calls = [], (), []
+    for address, predicate, opcode, operands in lines:
+        labels += (hex(address),)
+        if opcode == "NOP":
+            continue
+        if opcode.startswith(("BRX", "JMX")):
+            raise ValueError(f"{name}: jumps through a table are not followed")
+        # warps do not diverge here, as a rule
+        jump = re.search(r"0x[0-9a-f]+", operands) if opcode.startswith("BRA") and opcode != "BRA.DIV" else None
+        # a branch may have another predicate among its operands
+        always = opcode.startswith(("EXIT", "RET")) or (jump and operands.lstrip().startswith("0x"))
+        instructions.append(Instruction(opcode, jump[0] if jump else "", bool(predicate or not always), labels))
+        calls += [(len(instructions) - 1, operands.strip(), bool(predicate))] * opcode.startswith("CALL.REL.NOINC")
+        labels = ()
+    # some loops are left by a call: a jump, where what is called does not return
+    returning = {target for _, target, _ in calls if leads_to(instructions, target, "RET")}
+    for i, target, falls in calls:
+        if target not in returning:
+            instructions[i] = instructions[i]._replace(jump=target, falls=falls)
+    return instructions
 
 
 def _section(elf: bytes, name: str) -> bytes:
