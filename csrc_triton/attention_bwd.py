@@ -340,8 +340,10 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
 
 @functools.cache
 def _launch_config(D, Dv, dtype, mode, part, in_place):
-    """(tile, num_warps, num_stages): two accumulators and the operands of four products live at once, and for dedupe what
-    rows see in other rounds, so that tiles are smaller than forward's."""
+    """(tile, num_warps, num_stages): of those that spill nothing up to 128 dims the one with the fewest instructions per pair.
+    Two accumulators and the operands of four products live at once, and for dedupe what rows see in other rounds, so that
+    tiles are smaller than forward's. `audit --sweep` ranks higher what keeps 12 warps on an SM and issues a quarter more:
+    how many it takes to hide latency is its guess, and is to be measured first."""
     widest = block_dim(max(D, Dv))
     light = mode.ROUNDS <= 5 and not (mode.DROPOUT or mode.LOCAL_WINDOW or in_place)
     plain = mode.SHARED and light
@@ -364,13 +366,19 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
             block_n, num_warps = 32 if min(D, Dv) > 64 else 16, 4
         elif part == "keys" and mode.DEDUPE and mode.ROUNDS > 5 and (mode.DROPOUT or mode.LOCAL_WINDOW):
             num_warps = 4
-    elif mode.DEDUPE:
-        if plain:
-            block_m = 32
+    elif in_place or (mode.DEDUPE and mode.ROUNDS > 8):
+        if not mode.DEDUPE:
+            block_n, num_warps = 32, 4
         elif mode.SHARED and mode.ROUNDS > 8 and mode.DROPOUT and mode.LOCAL_WINDOW:
             num_warps = 4
-    else:
-        block_m, block_n, num_warps = 16 if in_place else 32, 32, 2 if plain else 4
+    elif mode.SHARED and mode.SPAN == "chunk" and mode.ROUNDS <= 5 and (light or mode.LOCAL_WINDOW):
+        # rows of a chunk see the same keys, so that twice as many walk no further
+        block_m, block_n, num_warps = 64, 32 if light else 16, 4
+    elif not mode.DEDUPE:
+        block_m, block_n = 32, 32 if light else 16
+    elif mode.DROPOUT + (mode.LOCAL_WINDOW > 0) + (mode.ROUNDS > 5) < 2:
+        # with more for a pair to depend on they spill
+        block_m = 32
     blocks = (block_dim(d, min(block_m, block_n), num_warps, dtype.itemsize) for d in (D, Dv))
     # beside products on FMA units, tiles fetched ahead find no registers
     return Tile(D, Dv, *blocks, block_m, block_n), num_warps, 1 if dtype == torch.float32 else 2

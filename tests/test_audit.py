@@ -234,13 +234,15 @@ def test_audit_finds_scalar_gathers(target):
 
 def test_audit_sweep_ranks_what_compiles_and_does_not_spill_by_time():
     trials, row = measured()["sweep"]
-    configs, shipped, times, _, _, errors = zip(*trials)
+    configs, shipped, times, issued, _, _, errors = zip(*trials)
     assert set(map(tuple, configs)) == {(1024, 4), (512, 4), (1024, 1), (4096, 1), (2**21, 4)}
     assert configs[-2:] == ([4096, 1], [2**21, 4]) and errors[-1] and not any(errors[:-1])
     assert list(times[:3]) == sorted(times[:3]) and all(times[:4])
     assert [config for config, was in zip(configs, shipped) if was] == [[1024, 4]]
     assert (row["shipped"], row["best"]) == ("(1024, 4)", str(tuple(configs[0])))
     assert (row["shipped_rank"], row["n_trials"]) == (1 + configs.index([1024, 4]), 5)
+    # not the one that spills
+    assert row["fewest"] == str(tuple(configs[issued.index(min(issued[:3]))])) and float(row["fewest_issued"]) > 0
 
 
 def test_audit_sweep_judges_each_call_by_its_own_launches():

@@ -71,21 +71,23 @@ SPACES = {
 
 
 class Part(NamedTuple):
-    """One launch of a trial: what tells it from another, its modelled time, its code."""
+    """One launch of a trial: what tells it from another, its modelled time, warp instructions, code."""
 
     identity: tuple
     stage: time_model.Stage | None
+    issued: float
     code: machine_code.Code | None
     error: str
 
 
 class Trial(NamedTuple):
-    """One configuration for one call of the function: seconds of the launches that any candidate changes; bound and code of
-    the slowest of them."""
+    """One configuration for one call of the function: seconds and warp instructions of the launches that any candidate changes;
+    bound and code of the slowest of them."""
 
     config: object
     shipped: bool
     time: float
+    issued: float
     bound: str
     code: machine_code.Code | None
     error: str
@@ -131,32 +133,39 @@ def launch_with(kernel, case, target, call=None, config=None) -> tuple[list[Part
     parts = []
     for launched in launches:
         stage = code = kernel_hash = None
+        issued = 0.0
         if not launched.error:
             stage, code = time_model.stage_of(launched, card), machine_code.inspect(launched.kernel)
             kernel_hash = launched.kernel.hash
-        parts.append(Part((launched.name, kernel_hash, launched.grid), stage, code, launched.error))
+            issued = launched.grid * code.total("issue", audit.work_of(launched).trips)
+        parts.append(Part((launched.name, kernel_hash, launched.grid), stage, issued, code, launched.error))
     return parts, configs
 
 
 def _trial(config, is_shipped, parts):
     errors = [part.error for part in parts if part.error]
     if errors or not parts:
-        return Trial(config, is_shipped, 0.0, "", None, "".join(errors[:1]))
+        return Trial(config, is_shipped, 0.0, 0.0, "", None, "".join(errors[:1]))
     slowest = max(parts, key=lambda part: part.stage.time)
-    return Trial(config, is_shipped, sum(part.stage.time for part in parts), slowest.stage.bound, slowest.code, "")
+    time, issued = sum(part.stage.time for part in parts), sum(part.issued for part in parts)
+    return Trial(config, is_shipped, time, issued, slowest.stage.bound, slowest.code, "")
 
 
-FIELDS = "triton target case kernel shipped shipped_ms shipped_rank n_trials best best_ms bound".split()
+FIELDS = (
+    *"triton target case kernel n_trials shipped_rank shipped shipped_ms shipped_issued best best_ms best_issued".split(),
+    *"best_bound fewest fewest_ms fewest_issued".split(),
+)
 
 
 def summary(trials: list[Trial], kernel: str) -> dict:
-    """The row of `FIELDS` that says how good what is shipped is, but for target and case."""
-    best, (rank, shipped) = trials[0], next((i, trial) for i, trial in enumerate(trials) if trial.shipped)
-    return {
-        "triton": triton.__version__, "kernel": kernel, "shipped": _shown(shipped.config),
-        "shipped_ms": f"{shipped.time * 1e3:.4f}", "shipped_rank": rank + 1, "n_trials": len(trials),
-        "best": _shown(best.config), "best_ms": f"{best.time * 1e3:.4f}", "bound": best.bound,
-    }  # fmt: skip
+    """The row of `FIELDS`, but for target and case, that says how good what is shipped is, beside the best one and the one
+    with the fewest instructions that does not spill."""
+    rank = next(i for i, trial in enumerate(trials) if trial.shipped)
+    fewest = min(trials, key=lambda trial: (trial.rank[:2], trial.issued))
+    row = {"triton": triton.__version__, "kernel": kernel, "n_trials": len(trials), "shipped_rank": rank + 1}
+    for name, trial in (("shipped", trials[rank]), ("best", trials[0]), ("fewest", fewest)):
+        row |= {name: _shown(trial.config), f"{name}_ms": f"{trial.time * 1e3:.4f}", f"{name}_issued": f"{trial.issued:.4g}"}
+    return row | {"best_bound": trials[0].bound}
 
 
 def print_trials(trials: list[Trial], target: str, n_best: int = 10):
@@ -171,7 +180,8 @@ def print_trials(trials: list[Trial], target: str, n_best: int = 10):
         code, (ctas, limit) = trial.code, offline.occupancy(trial.code, target)
         spills = f"spills {code.stack} B" if code.spills else ""
         print(
-            f"{i + 1:3} {_shown(trial.config):32} {trial.time * 1e3:8.4f} ms by {trial.bound:6} {code.registers:3} registers, "
+            f"{i + 1:3} {_shown(trial.config):32} {trial.time * 1e3:8.4f} ms by {trial.bound:6} {trial.issued:8.3g} issued, "
+            f"{code.registers:3} registers, "
             f"{ctas} CTAs by {limit:13} {spills} {mark}"
         )
 
