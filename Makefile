@@ -68,9 +68,9 @@ diagnose: install  ## recall of attention by rounds and span, on layers that the
 	$(BIN)/python -m lsh_kernels diagnose --out out/diagnose/shared_qk
 	$(BIN)/python -m lsh_kernels diagnose --model exact --out out/diagnose/exact
 
-audit: install  ## what the compiled kernels say on five targets, modelled times; accepts it into bench/results/ and docs/
+audit: install  ## what the compiled kernels say on five targets, modelled times; accepts it into bench/results/ and docs/; ARGS="--full"
 	$(BIN)/python -m lsh_kernels audit --out bench/results/audit.csv --model --picture docs/audit.png \
-	    $(addprefix --measured ,$(firstword $(wildcard bench/results/*h100*.csv)))
+	    $(addprefix --measured ,$(firstword $(wildcard bench/results/*h100*.csv))) $(ARGS)
 	$(BIN)/python bench/dense.py
 
 audit-check: install  ## fail if a kernel got worse than in bench/results/audit.csv; ARGS="--targets sm_90"
@@ -81,7 +81,7 @@ bench: install  ## time attention, its stages and its peers into bench/results/;
 
 sweep: install  ## configurations of all kernels on sm_90, ranked by the model, into bench/results/sweep.csv; half an hour
 	$(BIN)/python -m lsh_kernels audit --sweep all --targets sm_90 --out bench/results/sweep.csv \
-	    --cases bf16-D64 bf16-D128 bf16-D64-separate bf16-D64-paper bf16-D64-given-buckets fp32-D64 fp32-D128 bf16-residual
+	    --cases bf16-D64 bf16-D128 fp32-D64 bf16-D64-separate bf16-D64-given-buckets bf16-residual
 
 report: install  ## tables into README.md and pictures into docs/, from bench/results/
 	$(BIN)/python bench/report.py

@@ -340,10 +340,10 @@ def attention_bwd(dout, dlse, query, key, value, key_padding_mask, seed, out, ls
 
 @functools.cache
 def _launch_config(D, Dv, dtype, mode, part, in_place):
-    """(tile, num_warps, num_stages): of those that spill nothing up to 128 dims the one with the fewest instructions per pair.
-    Two accumulators and the operands of four products live at once, and for dedupe what rows see in other rounds, so that
-    tiles are smaller than forward's. `audit --sweep` ranks higher what keeps 12 warps on an SM and issues a quarter more:
-    how many it takes to hide latency is its guess, and is to be measured first."""
+    """(tile, num_warps, num_stages): of those that spill nothing up to 128 dims, in any call like it, one with the fewest
+    instructions per pair, or nearly. Two accumulators and the operands of four products live at once, and for dedupe what rows
+    see in other rounds, so that tiles are smaller than forward's. `audit --sweep` ranks higher what keeps 12 warps on an SM and
+    issues a quarter more: how many it takes to hide latency is its guess, and is to be measured first."""
     widest = block_dim(max(D, Dv))
     light = mode.ROUNDS <= 5 and not (mode.DROPOUT or mode.LOCAL_WINDOW or in_place)
     plain = mode.SHARED and light
@@ -371,8 +371,11 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
             block_n, num_warps = 32, 4
         elif mode.SHARED and mode.ROUNDS > 8 and mode.DROPOUT and mode.LOCAL_WINDOW:
             num_warps = 4
-    elif mode.SHARED and mode.SPAN == "chunk" and mode.ROUNDS <= 5 and (light or mode.LOCAL_WINDOW):
-        # rows of a chunk see the same keys, so that twice as many walk no further
+    elif D * dtype.itemsize % 16 or Dv * dtype.itemsize % 16:
+        # rows that come element by element take registers
+        num_warps = 4
+    elif mode.SHARED and mode.SPAN == "chunk" and mode.CHUNK >= 64 and mode.ROUNDS <= 5 and (light or mode.LOCAL_WINDOW):
+        # rows of a chunk see the same keys, so that twice as many walk hardly further
         block_m, block_n, num_warps = 64, 32 if light else 16, 4
     elif not mode.DEDUPE:
         block_m, block_n = 32, 32 if light else 16

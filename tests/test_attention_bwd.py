@@ -13,6 +13,7 @@ from attention_problems import (
     name_of,
 )
 
+import lsh_kernels.csrc_triton.attention_bwd as attention_bwd_module
 from lsh_kernels import torch_backend
 from lsh_kernels.csrc_triton.attention_bwd import attention_bwd
 
@@ -77,6 +78,22 @@ def test_attention_bwd_maps_query_heads_to_key_heads(config, device):
     """Two heads of queries to each of two of keys, in several rounds, and rows that attend only themselves."""
     problem = Problem(device, config, "grouped", True, True, dropout_p=0.2, L=20, H=4, n_buckets=16, strided=True)
     Call(problem, strided=True).assert_equal_the_oracle()
+
+
+@pytest.mark.parametrize(
+    ("config", "causal", "chunk_length", "local_window", "dropout_p"),
+    [("chunk", True, 64, 0, 0.0), ("chunk-ahead", False, 70, 3, 0.3), ("across", True, 64, 3, 0.0), ("wrap", False, 64, 0, 0.0)],
+)
+def test_attention_bwd_walks_long_chunks_by_more_rows(config, causal, chunk_length, local_window, dropout_p, device, monkeypatch):
+    """Which take tiles of their own."""
+    rest = {"R": 2, "D": 24, "Dv": 40, "L": 150, "H": 1, "n_buckets": 2, "chunk_length": chunk_length, "dtype": torch.float16}
+    problem = Problem(
+        device, config, "shared", causal, True, dropout_p=dropout_p, local_window=local_window, dedupe=config != "wrap", **rest
+    )
+    tiles, launch_config = [], attention_bwd_module._launch_config
+    monkeypatch.setattr(attention_bwd_module, "_launch_config", lambda *call: tiles.append(launch_config(*call)) or tiles[-1])
+    Call(problem).assert_equal_the_oracle()
+    assert [(tile.M, tile.N) for tile, *_ in tiles] == [(64, 16 if local_window else 32)]
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])

@@ -234,7 +234,7 @@ def test_audit_finds_scalar_gathers(target):
 
 def test_audit_sweep_ranks_what_compiles_and_does_not_spill_by_time():
     trials, row = measured()["sweep"]
-    configs, shipped, times, issued, _, _, errors = zip(*trials)
+    configs, shipped, times, issued, _, _, _, errors = zip(*trials)
     assert set(map(tuple, configs)) == {(1024, 4), (512, 4), (1024, 1), (4096, 1), (2**21, 4)}
     assert configs[-2:] == ([4096, 1], [2**21, 4]) and errors[-1] and not any(errors[:-1])
     assert list(times[:3]) == sorted(times[:3]) and all(times[:4])
@@ -349,16 +349,56 @@ def test_audit_command_fails_where_a_kernel_got_worse(slots, status, tmp_path, m
 def test_audit_accepts_what_it_audited_and_leaves_the_rest(tmp_path, monkeypatch, capsys):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    others = [GOOD | {"target": "gfx942"}, GOOD | {"case": "fp32-D64-trax"}]
+    others = [GOOD | {"case": "fp32-D64-trax"}, GOOD | {"target": "gfx942"}]
     found, path = [GOOD | {"registers": "140"}, GOOD | {"kernel": "new"}], tmp_path / "rows.csv"
     monkeypatch.setattr(audit, "audit", lambda targets, names: found)
-    audit.write_csv(path, [GOOD, GOOD | {"kernel": "gone"}, *others])
+    audit.write_csv(path, [GOOD | {"case": "dropped"}, *others[::-1], GOOD, GOOD | {"kernel": "gone"}])
     assert audit.main(["--targets", "sm_90", "--out", str(path)]) == 0
     assert audit.read_csv(path) == found + others
     # nor does it compare with what it has not audited
     capsys.readouterr()
     assert audit.main(["--targets", "sm_90", "--baseline", str(path)]) == 0
     assert "0 changes" in capsys.readouterr().out
+
+
+def test_audit_refuses_some_cases_where_a_file_has_all(tmp_path, monkeypatch, capsys):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    for option in ("--out", "--baseline"):
+        with pytest.raises(SystemExit):
+            audit.main(["--cases", "bf16-D64-plain", option, str(tmp_path / "rows.csv")])
+        assert "--cases: got some, wanted all" in capsys.readouterr().err
+
+
+def test_audit_command_sweeps(tmp_path, monkeypatch, capsys):
+    """One kernel or all, some cases or all; a file gets what is shipped beside what is best."""
+    triton = pytest.importorskip("triton")
+    from lsh_kernels import sweep
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    calls, code = [], functools.partial(sweep.machine_code.Code, 128, 0, 0, 0, 0, 4, 0, "", {})
+    trials = [
+        sweep.Trial((64, 1), False, 1e-3, 2e6, "issue", False, code(), ""),
+        sweep.Trial((32, 4), True, 2e-3, 1e6, "DRAM", False, code(), ""),
+    ]
+    monkeypatch.setattr(sweep, "sweep", lambda kernel, case, target, pool: calls.append((kernel, target)) or [trials])
+    arguments = ["--targets", "sm_90", "--out", str(tmp_path / "rows.csv")]
+    assert audit.main(["--sweep", "residual_fwd", *arguments]) == 0
+    assert calls == [("residual_fwd", "sm_90")] * len(audit.cases())
+    calls.clear()
+    assert audit.main(["--sweep", "all", "--cases", "bf16-D64", *arguments]) == 0
+    assert {sweep.SPACES[kernel][:2] for kernel, _ in calls} == {space[:2] for space in sweep.SPACES.values()}
+    assert len(calls) == len({sweep.SPACES[kernel][:2] for kernel, _ in calls})
+    rows = audit.read_csv(tmp_path / "rows.csv")
+    assert (rows[0]["shipped_rank"], rows[0]["shipped"], rows[0]["best"], rows[0]["fewest"]) == (
+        "2",
+        "(32, 4)",
+        "(64, 1)",
+        "(32, 4)",
+    )
+    with pytest.raises(SystemExit):
+        audit.main(["--sweep", "attention", *arguments])
+    assert "--sweep: got attention, wanted all or some of" in capsys.readouterr().err
 
 
 def test_audit_full_has_every_variant_in_every_dtype():

@@ -59,6 +59,16 @@ def test_sass_leaves_loops_by_calls_that_do_not_return():
         (0x80, "", "STG", ""), (0x90, "", "EXIT", ""),
     ]  # fmt: skip
     assert loop_depths(sass_instructions("k", lines)) == [0, 1, 2, 2, 2, 2, 1, 1, None, 0, 0]
+    # what follows a loop may be left by such a call, too, which does not lead on to the subroutine behind it
+    lines[-2:] = [
+        (0x80, "", "CALL.REL.NOINC", " 0xa0"),
+        (0x90, "", "RET.REL.NODEC", ""),
+        (0xA0, "", "STG", ""),
+        (0xB0, "", "EXIT", ""),
+    ]
+    assert loop_depths(sass_instructions("k", lines)) == [0, 1, 2, 2, 2, 2, 1, 1, None, 0, None, 0, 0]
+    with pytest.raises(ValueError, match="k: calls R2, which"):
+        sass_instructions("k", [(0, "", "CALL.REL.NOINC", " R2 "), *lines])
     with pytest.raises(ValueError, match="k: jumps through a table"):
         sass_instructions("k", [(0, "", "BRX", " R2 0x0"), *lines])
 

@@ -75,7 +75,7 @@ def test_ops_under_autocast_do_what_sdpa_does(backend, dtype, device):
     if backend == "triton":
         pytest.importorskip("triton")
     x, half = torch.randn(1, 2, 20, 8, device=device), torch.randn(1, 2, 20, 8, device=device).to(dtype)
-    ours = functools.partial(lsh_attention, buckets=(torch.randint(2, (1, 2, 2, 20), device=device),) * 2, config=CONFIG)
+    ours = functools.partial(lsh_attention, rotations=random_rotations(8, 2, 2, device=device), config=CONFIG)
     for attend in (F.scaled_dot_product_attention, ours, functools.partial(local_attention, window=5)):
         if attend is not F.scaled_dot_product_attention:
             attend = functools.partial(attend, backend=backend)

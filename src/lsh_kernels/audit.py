@@ -368,17 +368,19 @@ def main(argv=None):
 
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    if options.cases and (options.baseline or options.out) and not options.sweep:
+        parser.error("--cases: got some, wanted all of them for a file: a kernel that several share is in the first one's rows")
+    options.cases = options.cases or list(cases(options.full))
     if options.sweep:
         return _sweep(parser, options)
-    if options.baseline and options.cases:
-        parser.error("--baseline compares all cases: a kernel that several share is in the first one's")
-    options.cases = options.cases or list(cases(options.full))
     baseline = read_csv(options.baseline) if options.baseline else []
     rows = audit(options.targets, options.cases)
     print_table(rows)
     if options.out:
         there = read_csv(options.out) if options.out.exists() else []
-        write_csv(options.out, rows + [row for row in there if not _covers(options, row)])
+        order = list(itertools.product(TARGETS, cases(full=True)))
+        kept = [row for row in there if not _covers(options, row) and _key(row)[:2] in order]
+        write_csv(options.out, sorted(rows + kept, key=lambda row: order.index(_key(row)[:2])))
     if options.model or options.picture:
         _model(options, rows)
     if not options.baseline:
@@ -414,7 +416,8 @@ def _sweep(parser, options):
     from . import sweep
 
     if "all" in options.sweep:
-        options.sweep = list(sweep.SPACES)
+        # kernels that share a configuration once
+        options.sweep = list({space[:2]: name for name, space in sweep.SPACES.items()}.values())
     if unknown := set(options.sweep) - set(sweep.SPACES):
         parser.error(f"--sweep: got {' '.join(sorted(unknown))}, wanted all or some of {' '.join(sweep.SPACES)}")
     rows = []

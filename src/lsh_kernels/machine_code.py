@@ -139,14 +139,18 @@ def sass_instructions(name: str, lines: list[tuple]) -> list[Instruction]:
         jump = re.search(r"0x[0-9a-f]+", operands) if opcode.startswith("BRA") and opcode != "BRA.DIV" else None
         # a branch may have another predicate among its operands
         always = opcode.startswith(("EXIT", "RET")) or (jump and operands.lstrip().startswith("0x"))
+        if opcode.startswith("CALL.REL.NOINC"):
+            if not (target := re.fullmatch(r"\s*(0x[0-9a-f]+)\s*", operands)):
+                raise ValueError(f"{name}: calls {operands.strip()}, which is not followed")
+            calls.append((len(instructions), target[1]))
+            always = True
         instructions.append(Instruction(opcode, jump[0] if jump else "", bool(predicate or not always), labels))
-        calls += [(len(instructions) - 1, operands.strip(), bool(predicate))] * opcode.startswith("CALL.REL.NOINC")
         labels = ()
     # some loops are left by a call: a jump, where what is called does not return
-    returning = {target for _, target, _ in calls if leads_to(instructions, target, "RET")}
-    for i, target, falls in calls:
-        if target not in returning:
-            instructions[i] = instructions[i]._replace(jump=target, falls=falls)
+    returning = {target for _, target in calls if leads_to(instructions, target, "RET")}
+    for i, target in calls:
+        change = {"falls": True} if target in returning else {"jump": target}
+        instructions[i] = instructions[i]._replace(**change)
     return instructions
 
 

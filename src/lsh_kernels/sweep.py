@@ -20,8 +20,9 @@ from . import audit, machine_code, offline, time_model
 def _attention(config):
     tile, _, _ = config
     for m, n, num_warps, num_stages in product((16, 32, 64, 128), (16, 32, 64), (1, 2, 4, 8), (1, 2)):
-        # a warp needs 16 rows or columns for a tensor instruction, and too many rows per warp do not fit into registers
-        if 8 <= m / num_warps <= 64:
+        # a warp needs 16 rows or columns for a tensor instruction, and too many rows per warp do not fit into registers; more
+        # threads than there are 16 bytes in a tile would have `block_dim` widen it
+        if 8 <= m / num_warps <= 64 and 32 * num_warps <= min(m, n) * tile.BLOCK_D * 2 // 16:
             yield tile._replace(M=m, N=n), num_warps, num_stages
 
 
@@ -89,12 +90,13 @@ class Trial(NamedTuple):
     time: float
     issued: float
     bound: str
+    spills: bool
     code: machine_code.Code | None
     error: str
 
     @property
     def rank(self):
-        return bool(self.error), self.code is not None and self.code.spills, self.time
+        return bool(self.error), self.spills, self.time
 
 
 def sweep(kernel: str, case: audit.Case, target: str, pool) -> list[list[Trial]]:
@@ -112,6 +114,8 @@ def sweep(kernel: str, case: audit.Case, target: str, pool) -> list[list[Trial]]
         changed = sorted(
             {i for parts in launched.values() for i, part in enumerate(parts) if part.identity != shipped[i].identity}
         )
+        if not changed:
+            continue
         trials = [_trial(other, other == config, [parts[i] for i in changed]) for other, parts in launched.items()]
         found.append(sorted(trials, key=lambda trial: trial.rank))
     return found
@@ -144,11 +148,12 @@ def launch_with(kernel, case, target, call=None, config=None) -> tuple[list[Part
 
 def _trial(config, is_shipped, parts):
     errors = [part.error for part in parts if part.error]
-    if errors or not parts:
-        return Trial(config, is_shipped, 0.0, 0.0, "", None, "".join(errors[:1]))
+    if errors:
+        return Trial(config, is_shipped, 0.0, 0.0, "", False, None, errors[0])
     slowest = max(parts, key=lambda part: part.stage.time)
     time, issued = sum(part.stage.time for part in parts), sum(part.issued for part in parts)
-    return Trial(config, is_shipped, time, issued, slowest.stage.bound, slowest.code, "")
+    spills = any(part.code.spills for part in parts)
+    return Trial(config, is_shipped, time, issued, slowest.stage.bound, spills, slowest.code, "")
 
 
 FIELDS = (
@@ -178,7 +183,7 @@ def print_trials(trials: list[Trial], target: str, n_best: int = 10):
             print(f"{i + 1:3} {_shown(trial.config):32} {trial.error[:60]} {mark}")
             continue
         code, (ctas, limit) = trial.code, offline.occupancy(trial.code, target)
-        spills = f"spills {code.stack} B" if code.spills else ""
+        spills = "spills" if trial.spills else ""
         print(
             f"{i + 1:3} {_shown(trial.config):32} {trial.time * 1e3:8.4f} ms by {trial.bound:6} {trial.issued:8.3g} issued, "
             f"{code.registers:3} registers, "
