@@ -163,10 +163,10 @@ ATTENTION = {
     "attention_bwd-fp16-D8-values-of-128-all": lambda: attention_bwd(
         head_dim=8, value_dim=128, n_hashes=8, in_place=True, **EVERYTHING
     ),
-    "attention_bwd-bf16-D33-values-of-40-local-chunk": lambda: attention_bwd(
-        head_dim=33, value_dim=40, dtype=torch.bfloat16, local_window=8, dropout_p=0.1, span="chunk", causal=False
+    "attention_bwd-bf16-D33-values-of-40-local-chunk-unaligned": lambda: attention_bwd(
+        head_dim=33, value_dim=40, dtype=torch.bfloat16, local_window=8, dropout_p=0.1, span="chunk", causal=False, unaligned=True
     ),
-    "attention_bwd-fp16-D50": lambda: attention_bwd(head_dim=50, span="chunk"),
+    "attention_bwd-fp16-D50-unaligned": lambda: attention_bwd(head_dim=50, span="chunk", unaligned=True),
     "attention_bwd-bf16-D64-separate-in-place": lambda: attention_bwd(
         dtype=torch.bfloat16, keys="separate", dedupe=False, in_place=True
     ),
