@@ -9,7 +9,7 @@ KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint format test test-tritons offline test-gpu bench-gpu rehearse-gpu gpu-wheels demo diagnose \
-    audit audit-check sweep bench report profile wheel clean
+    audit audit-check bench report profile wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,10 +78,6 @@ audit-check: install  ## fail if a kernel got worse than in bench/results/audit.
 
 bench: install  ## time attention, its stages and its peers into bench/results/; ARGS="--quick", ARGS="--help"
 	$(BIN)/python -m lsh_kernels bench $(ARGS)
-
-sweep: install  ## configurations of all kernels on sm_90, ranked by the model, into bench/results/sweep.csv; half an hour
-	$(BIN)/python -m lsh_kernels audit --sweep all --targets sm_90 --out bench/results/sweep.csv \
-	    --cases bf16-D64 bf16-D128 fp32-D64 bf16-D64-separate bf16-D64-given-buckets bf16-residual
 
 report: install  ## tables into README.md and pictures into docs/, from bench/results/
 	$(BIN)/python bench/report.py
