@@ -5,7 +5,6 @@ import sys
 
 from lsh_kernels import measure
 
-
 PEAK = """
 import torch
 from lsh_kernels import measure
