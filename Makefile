@@ -5,7 +5,7 @@ OUT ?= out/gpu
 GPU_WHEELS := reformer-pytorch axial-positional-embedding colt5-attention einops hyper-connections local-attention \
     product-key-memory torch-einops-utils
 KERNEL_TESTS := $(addprefix tests/test_,hashing.py bucket_sort.py attention_fwd.py attention_bwd.py combine_rounds.py residual.py \
-    backends.py costs.py strict_memory.py compile.py audit.py control_flow.py time_model.py)
+    backends.py costs.py strict_memory.py compile.py audit.py audit_baseline.py control_flow.py time_model.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install lint format test test-tritons offline test-gpu bench-gpu rehearse-gpu gpu-wheels demo diagnose \
