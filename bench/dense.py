@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lsh_kernels import LSHConfig, audit, machine_code, offline
+from lsh_kernels import LSHConfig, audit, audit_cases, machine_code, offline
 
 FIELDS = "triton target dtype D kernel tile warps trips slots_per_pair dense_registers dense_slots_per_pair ratio".split()
 _LOG2_E = math.log2(math.e)
@@ -133,13 +133,13 @@ _TWINS = {"_attention_fwd_kernel": "_dense_fwd_kernel", "_attention_bwd_kernel":
 def compare(target, case):
     """Rows of `FIELDS`: our attention kernels beside the dense ones, at the same tile, warps, stages and walk."""
     with offline.compile_only(target) as launches:
-        audit.launch(case)
+        audit_cases.launch(case)
     for ours in launches:
         if ours.name not in _TWINS or ours.error:
             continue
         tile, code = ours.arguments["TILE"], machine_code.inspect(ours.kernel)
-        trips = audit.work_of(ours).trips
-        x = torch.empty(1, 1, 4 * tile.M * tile.N, case.head_dim, dtype=audit.DTYPES[case.dtype], device="meta")
+        trips = audit_cases.work_of(ours).trips
+        x = torch.empty(1, 1, 4 * tile.M * tile.N, case.head_dim, dtype=audit_cases.DTYPES[case.dtype], device="meta")
         compiler_options = ours.kernel.metadata._asdict()
         tiling = {"block_m": tile.M, "block_n": tile.N} | {
             name: compiler_options[name] for name in _COMPILER_OPTIONS if name in compiler_options
@@ -170,7 +170,7 @@ def main():
     for target in options.targets:
         for head_dim in options.dims:
             for dedupe in (False, True):
-                for row in compare(target, audit.Case(LSHConfig(dedupe=dedupe), head_dim=head_dim)):
+                for row in compare(target, audit_cases.Case(LSHConfig(dedupe=dedupe), head_dim=head_dim)):
                     rows.append(row)
                     print(" ".join(f"{row[field]!s:>8}" for field in FIELDS[1:]))
     with options.out.open("w", newline="") as file:

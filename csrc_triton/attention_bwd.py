@@ -343,7 +343,8 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
     """(tile, num_warps, num_stages): of those that spill nothing up to 128 dims, in any call like it, one with the fewest
     instructions per pair, or nearly. Two accumulators and the operands of four products live at once, and for dedupe what rows
     see in other rounds, so that tiles are smaller than forward's. `audit --sweep` ranks higher what keeps 12 warps on an SM and
-    issues a quarter more: how many it takes to hide latency is its guess, and is to be measured first."""
+    issues a quarter more: how many it takes to hide latency is its guess, and is to be measured first. 32x32 with four warps at 128 dims
+    leads by both counts, but not for shared keys with dedupe (bench/results/sweep.csv)."""
     widest = block_dim(max(D, Dv))
     light = mode.ROUNDS <= 5 and not (mode.DROPOUT or mode.LOCAL_WINDOW or in_place)
     plain = mode.SHARED and light
@@ -366,6 +367,8 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
             block_n, num_warps = 32 if min(D, Dv) > 64 else 16, 4
         elif part == "keys" and mode.DEDUPE and mode.ROUNDS > 5 and (mode.DROPOUT or mode.LOCAL_WINDOW):
             num_warps = 4
+        elif light and not mode.DEDUPE or not (mode.SHARED or in_place or mode.DEDUPE and mode.DROPOUT and mode.LOCAL_WINDOW):
+            block_m, block_n, num_warps = 32, 32, 4
     elif in_place or (mode.DEDUPE and mode.ROUNDS > 8):
         if not mode.DEDUPE:
             block_n, num_warps = 32, 4

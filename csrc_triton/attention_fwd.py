@@ -247,14 +247,17 @@ def inverse_norms(x, key_padding_mask, norm_eps=0.0):
 def _launch_config(D, Dv, dtype, mode):
     """(tile, num_warps, num_stages). Cost follows the tiles walked, not the window: small key tiles win."""
     widest = block_dim(max(D, Dv))
-    # IEEE fp32 products go through the FMA units and hold their operands in registers; with 64 rows of 128 dims dedupe,
-    # dropout and a local round leave room for two programs per SM, and on sm_80 some spill
-    large = dtype == torch.float32 or widest > 128
-    block_m, block_n, num_warps = 64, 16 if large else 32, 4
+    block_m, block_n, num_warps = 64, 32, 4
     if widest == 16:
         # rows so short need fewer threads to fetch them, and twice the programs fit
         block_m, block_n, num_warps = 32, 32, 2
-    elif large or (widest == 128 and (mode.DEDUPE or mode.DROPOUT or mode.LOCAL_WINDOW)):
+    elif widest > 128:
+        block_m, block_n = 32, 16
+    elif dtype == torch.float32:
+        # IEEE fp32 products go through the FMA units and hold their operands in registers, too many of 128 dims for two warps
+        block_m, block_n, num_warps = (16, 16, 2) if widest <= 64 else (32, 16, 4)
+    elif widest == 128 and (mode.DROPOUT or mode.LOCAL_WINDOW or (mode.DEDUPE and not (mode.WITHIN_BUCKET and mode.ROUNDS <= 5))):
+        # with so much for a pair to depend on 64 rows spill on sm_80
         block_m = 32
     blocks = (block_dim(d, min(block_m, block_n), num_warps, dtype.itemsize) for d in (D, Dv))
     return Tile(D, Dv, *blocks, block_m, block_n), num_warps, 2

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from lsh_kernels import audit
+from lsh_kernels import audit, audit_cases
 
 if __name__ == "__main__":
     import torch
@@ -153,16 +153,16 @@ if __name__ == "__main__":
     # the last two: too many elements per thread, more than a tile may have
     configs = [(512, 4), (1024, 1), (4096, 1), (2**21, 4)]
     residual = sweep.SPACES["residual_fwd"]
-    sweep.SPACES["residual_fwd"] = residual._replace(candidates=lambda config: [config, *configs])
-    (trials,) = sweep.sweep("residual_fwd", audit.Case(residual=True), "sm_90", Inline())
+    sweep.SPACES["residual_fwd"] = residual._replace(candidates=lambda config, call: [config, *configs])
+    (trials,) = sweep.sweep("residual_fwd", audit_cases.Case(residual=True), "sm_90", Inline())
     report["sweep"] = [trial._replace(code=None) for trial in trials], sweep.summary(trials, "residual_fwd")
     # a kernel's candidates do not change the others, and each call has its own
-    sweep.SPACES["bucket_sort_scan"] = sweep.SPACES["bucket_sort_scan"]._replace(candidates=lambda config: [(8, 2)])
-    case = audit.Case(LSHConfig(n_buckets=(128, 130)))
+    sweep.SPACES["bucket_sort_scan"] = sweep.SPACES["bucket_sort_scan"]._replace(candidates=lambda config, call: [(8, 2)])
+    case = audit_cases.Case(LSHConfig(n_buckets=(128, 130)))
     found = sweep.sweep("bucket_sort_scan", case, "sm_90", Inline())
     scans = [stage.time for stage in time_model.stages(case) if "scan" in stage.kernel]
     report["sweep of two calls"] = [[(trial.config, trial.shipped, trial.time) for trial in trials] for trials in found], scans
-    report["sweep of none"] = sweep.sweep("stretched_intervals", audit.Case(residual=True), "sm_90", Inline())
+    report["sweep of none"] = sweep.sweep("stretched_intervals", audit_cases.Case(residual=True), "sm_90", Inline())
     print(json.dumps(report))
     sys.exit()
 
@@ -258,7 +258,7 @@ def test_audit_sweep_knows_every_kernel():
 
     modules = [importlib.import_module(f"lsh_kernels.csrc_triton.{m.name}") for m in pkgutil.iter_modules(csrc_triton.__path__)]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert kernels == {f"_{name}_kernel" for name in sweep.SPACES} == set(audit.WORK)
+    assert kernels == {f"_{name}_kernel" for name in sweep.SPACES} == set(audit_cases.WORK)
     functions = {(m.__name__.rpartition(".")[2], name) for m in modules for name in vars(m) if name.endswith("_launch_config")}
     assert functions == {space[:2] for space in sweep.SPACES.values()}
 

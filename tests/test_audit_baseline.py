@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lsh_kernels import audit
+from lsh_kernels import audit, audit_cases
 
 GOOD = dict.fromkeys(audit.FIELDS, "0") | {
     "target": "sm_90", "case": "bf16-D64", "kernel": "k", "error": "", "tensor": "64", "tensor_path": "HGMMA",
@@ -100,7 +100,7 @@ def test_audit_command_sweeps(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "sweep", lambda kernel, case, target, pool: calls.append((kernel, target)) or [trials])
     arguments = ["--targets", "sm_90", "--out", str(tmp_path / "rows.csv")]
     assert audit.main(["--sweep", "residual_fwd", *arguments]) == 0
-    assert calls == [("residual_fwd", "sm_90")] * len(audit.cases())
+    assert calls == [("residual_fwd", "sm_90")] * len(audit_cases.cases())
     calls.clear()
     assert audit.main(["--sweep", "all", "--cases", "bf16-D64", *arguments]) == 0
     assert {sweep.SPACES[kernel][:2] for kernel, _ in calls} == {space[:2] for space in sweep.SPACES.values()}
@@ -118,10 +118,10 @@ def test_audit_command_sweeps(tmp_path, monkeypatch, capsys):
 
 
 def test_audit_full_has_every_variant_in_every_dtype():
-    everyday, full = audit.cases(), audit.cases(full=True)
+    everyday, full = audit_cases.cases(), audit_cases.cases(full=True)
     # first, so that a kernel is in the same row with the others and without
     assert list(full)[: len(everyday)] == list(everyday)
-    for dtype, head_dim, variant in itertools.product(audit.DTYPES, (64, 128), audit._VARIANTS):
+    for dtype, head_dim, variant in itertools.product(audit_cases.DTYPES, (64, 128), audit_cases.VARIANTS):
         assert full[f"{dtype}-D{head_dim}{variant}"][1:3] == (dtype, head_dim)
 
 
@@ -144,7 +144,7 @@ def test_audit_committed_instructions_per_pair_meet_the_bars():
     slots = {tuple(row[name] for name in ("target", "case", "kernel")): row["slots_per_unit"] for row in committed("audit.csv")}
     for case, most in (("bf16-D64-plain", 60.3), ("bf16-D64", 74.5)):
         assert float(slots["sm_90", case, "_attention_fwd_kernel"]) < most
-    for variant in audit._VARIANTS:
+    for variant in audit_cases.VARIANTS:
         parts = (slots.get(("sm_90", f"bf16-D64{variant}", f"_attention_bwd_kernel{part}"), 0) for part in ("", " 2"))
         assert sum(map(float, parts)) <= 2.2 * float(slots["sm_90", f"bf16-D64{variant}", "_attention_fwd_kernel"]), variant
     for row in committed("dense.csv"):

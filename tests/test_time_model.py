@@ -6,7 +6,7 @@ from bench_folder import peers, rows_csv
 from cases import Settings
 
 pytest.importorskip("triton")
-from lsh_kernels import audit, time_model
+from lsh_kernels import audit_cases, time_model
 from lsh_kernels.time_model import Estimate, Stage
 
 SETTINGS = Settings(torch.device("cuda"), torch.bfloat16, (4096,))
@@ -51,5 +51,5 @@ def test_time_model_knows_no_error_from_other_calls(other, tmp_path, capsys):
 
 def test_time_model_books_the_launches_of_backward_as_such(monkeypatch):
     monkeypatch.setattr(time_model, "stages", lambda case, card: FORWARD + BACKWARD)
-    (point,) = time_model.estimate(audit.Case(), [4096])
+    (point,) = time_model.estimate(audit_cases.Case(), [4096])
     assert (point.forward, point.backward) == (FORWARD, BACKWARD)

@@ -5,38 +5,45 @@ Stages only cost here: the model does not see what fetching ahead hides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 from itertools import product
 from typing import NamedTuple
 from unittest import mock
 
+import torch
 import triton
 from tqdm import tqdm
 
-from . import audit, machine_code, offline, time_model
+from . import audit_cases, machine_code, offline, time_model
 
 
-def _attention(config):
-    tile, _, _ = config
-    for m, n, num_warps, num_stages in product((16, 32, 64, 128), (16, 32, 64), (1, 2, 4, 8), (1, 2)):
-        # a warp needs 16 rows or columns for a tensor instruction, and too many rows per warp do not fit into registers; more
-        # threads than there are 16 bytes in a tile would have `block_dim` widen it
-        if 8 <= m / num_warps <= 64 and 32 * num_warps <= min(m, n) * tile.BLOCK_D * 2 // 16:
+def _attention(config, call):
+    tile, _, num_stages = config
+    # products on FMA units are unrolled, with whole rows in registers
+    most_products = 512 if torch.float32 in call else math.inf
+    for m, n, num_warps in product((16, 32, 64, 128), (16, 32, 64), (1, 2, 4, 8)):
+        # a warp needs 16 rows or columns for a tensor instruction; more threads than there are 16 bytes in a tile would have
+        # `block_dim` widen it; half of the registers of a thread for logits and one sum are too many, as most live twice
+        n_lanes = 32 * num_warps
+        if m * (n + tile.BLOCK_DV) > 128 * n_lanes or m * n * tile.BLOCK_D > most_products * n_lanes:
+            continue
+        if m >= 8 * num_warps and n_lanes <= min(m, n) * tile.BLOCK_D * 2 // 16:
             yield tile._replace(M=m, N=n), num_warps, num_stages
 
 
-def _hashing(config):
+def _hashing(config, call):
     _, block_d, *_ = config
     for block_m, block_w, num_warps, num_stages in product((32, 64, 128, 256), (16, 32, 64), (4, 8), (1, 2)):
         yield block_m, block_d, block_w, num_warps, num_stages
 
 
-def _warps(config):
+def _warps(config, call):
     return (1, 2, 4, 8)
 
 
-def _rows(config):
+def _rows(config, call):
     """Around (size of a block, what is left as it is .., num_warps)."""
     size, *others, _ = config
     for log2_times, num_warps in product((-2, -1, 0, 1, 2), (1, 2, 4, 8)):
@@ -45,8 +52,8 @@ def _rows(config):
 
 
 class Space(NamedTuple):
-    """Where the configuration of a kernel comes from, and what else it may be, given what it is. Kernels that share one are
-    judged together."""
+    """Where the configuration of a kernel comes from, and what else it may be, given what it is and for which arguments.
+    Kernels that share one are judged together."""
 
     module: str  # of csrc_triton
     function: str
@@ -99,14 +106,14 @@ class Trial(NamedTuple):
         return bool(self.error), self.spills, self.time
 
 
-def sweep(kernel: str, case: audit.Case, target: str, pool) -> list[list[Trial]]:
+def sweep(kernel: str, case: audit_cases.Case, target: str, pool) -> list[list[Trial]]:
     """Trials of the configurations of a kernel, for each set of arguments that its `_launch_config` is called with in a case
     (none where the case has no such kernel): the fastest first, those that spill or do not compile last. The rates are those
     of `time_model.H100`, whatever the target. pool: of `audit.workers`."""
     shipped, configs = launch_with(kernel, case, target)
     found = []
     for call, config in configs.items():
-        others = [other for other in dict.fromkeys(SPACES[kernel].candidates(config)) if other != config]
+        others = [other for other in dict.fromkeys(SPACES[kernel].candidates(config, call)) if other != config]
         tasks = [pool.submit(launch_with, kernel, case, target, call, other) for other in others]
         launched = {config: shipped}
         for other, task in zip(others, tqdm(tasks, f"{kernel} {target}", leave=False)):
@@ -133,7 +140,7 @@ def launch_with(kernel, case, target, call=None, config=None) -> tuple[list[Part
         return config if arguments == call else configs[arguments]
 
     with mock.patch.object(module, space.function, launch_config), offline.compile_only(target) as launches:
-        audit.launch(case)
+        audit_cases.launch(case)
     parts = []
     for launched in launches:
         stage = code = kernel_hash = None
@@ -141,7 +148,7 @@ def launch_with(kernel, case, target, call=None, config=None) -> tuple[list[Part
         if not launched.error:
             stage, code = time_model.stage_of(launched, card), machine_code.inspect(launched.kernel)
             kernel_hash = launched.kernel.hash
-            issued = launched.grid * code.total("issue", audit.work_of(launched).trips)
+            issued = launched.grid * code.total("issue", audit_cases.work_of(launched).trips)
         parts.append(Part((launched.name, kernel_hash, launched.grid), stage, issued, code, launched.error))
     return parts, configs
 

@@ -10,10 +10,10 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-from . import audit, machine_code, offline
+from . import audit_cases, machine_code, offline
 
 # what is modelled if nothing else is said: causal, shared QK, bf16, B = 1, H = 8, D = 64, R = 4, C = W = 64
-CALL = audit.Case()
+CALL = audit_cases.Case()
 LENGTHS = (4096, 16384, 65536, 262144, 2**20)
 
 
@@ -81,7 +81,7 @@ class Stage(NamedTuple):
 
 def stage_of(launched, card: Card = H100) -> Stage:
     """The modelled time of one launch."""
-    code, trips = machine_code.inspect(launched.kernel), audit.work_of(launched).trips
+    code, trips = machine_code.inspect(launched.kernel), audit_cases.work_of(launched).trips
     ctas, _ = offline.occupancy(code, card.target)
     per_sm = max(launched.grid / card.sms, 1)
     busy = min(4, code.warps * min(ctas, -(-launched.grid // card.sms)))
@@ -105,10 +105,10 @@ def stage_of(launched, card: Card = H100) -> Stage:
     )
 
 
-def stages(case: audit.Case, card: Card = H100) -> list[Stage]:
+def stages(case: audit_cases.Case, card: Card = H100) -> list[Stage]:
     """The launches of a case, in order."""
     with offline.compile_only(card.target) as launches:
-        audit.launch(case)
+        audit_cases.launch(case)
     return [stage_of(launched, card) for launched in launches]
 
 
@@ -119,7 +119,7 @@ def whole(parts: list[Stage], graph: bool, card: Card = H100) -> float:
     return device if graph else max(device, n_calls * card.host_call + len(parts) * card.host_launch)
 
 
-def exact(case: audit.Case, backward: bool) -> dict[str, float]:
+def exact(case: audit_cases.Case, backward: bool) -> dict[str, float]:
     """Seconds of exact causal attention at each of the rates of `EXACT`."""
     flops = 2 * case.batch * case.n_heads * case.head_dim * case.length**2
     return {name: flops / fwd + backward * 2.5 * flops / bwd for name, (fwd, bwd) in EXACT.items()}
@@ -133,7 +133,7 @@ class Estimate(NamedTuple):
     backward: list[Stage]
 
 
-def estimate(case: audit.Case = CALL, lengths=LENGTHS, card: Card = H100) -> list[Estimate]:
+def estimate(case: audit_cases.Case = CALL, lengths=LENGTHS, card: Card = H100) -> list[Estimate]:
     """`case` at each length."""
     found = []
     for length in lengths:
@@ -144,7 +144,7 @@ def estimate(case: audit.Case = CALL, lengths=LENGTHS, card: Card = H100) -> lis
     return found
 
 
-def print_model(estimates: list[Estimate], case: audit.Case = CALL, card: Card = H100, measured=None):
+def print_model(estimates: list[Estimate], case: audit_cases.Case = CALL, card: Card = H100, measured=None):
     """Assumptions, time and bound of each stage, whole times beside exact attention; `measured`: a CSV file of bench."""
     print(f"modelled, not measured: {card.name}, causal, {case.dtype}, B = {case.batch}, H = {case.n_heads}, D = {case.head_dim}")
     print("\n".join(f"  {name} {value}" for name, value in card._asdict().items()))
@@ -159,7 +159,7 @@ def print_model(estimates: list[Estimate], case: audit.Case = CALL, card: Card =
         print_errors(estimates, measured, case, card)
 
 
-def table(estimates: list[Estimate], case: audit.Case = CALL, card: Card = H100) -> list[str]:
+def table(estimates: list[Estimate], case: audit_cases.Case = CALL, card: Card = H100) -> list[str]:
     """README's table, in ms: lines of Markdown."""
     names = [f"{name}" for name in EXACT]
     lines = [
@@ -176,10 +176,10 @@ def table(estimates: list[Estimate], case: audit.Case = CALL, card: Card = H100)
     return lines
 
 
-def print_errors(estimates: list[Estimate], path, case: audit.Case, card: Card = H100):
+def print_errors(estimates: list[Estimate], path, case: audit_cases.Case, card: Card = H100):
     """How far off the model is, where the rows of bench have a time of the same call on the same card."""
     call = {
-        "op": "attention", "provider": "lsh_kernels triton", "dtype": str(audit.DTYPES[case.dtype]).removeprefix("torch."),
+        "op": "attention", "provider": "lsh_kernels triton", "dtype": str(audit_cases.DTYPES[case.dtype]).removeprefix("torch."),
         "B": case.batch, "H": case.n_heads, "D": case.head_dim, "R": case.config.n_hashes, "C": case.config.chunk_length,
         "regime": "batch", "input": "gaussian", "depth": 1, "status": "ok",
     }  # fmt: skip
