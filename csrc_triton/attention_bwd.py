@@ -343,8 +343,8 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
     """(tile, num_warps, num_stages): of those that spill nothing up to 128 dims, in any call like it, one with the fewest
     instructions per pair, or nearly. Two accumulators and the operands of four products live at once, and for dedupe what rows
     see in other rounds, so that tiles are smaller than forward's. `audit --sweep` ranks higher what keeps 12 warps on an SM and
-    issues a quarter more: how many it takes to hide latency is its guess, and is to be measured first. 32x32 with four warps at 128 dims
-    leads by both counts, but not for shared keys with dedupe (bench/results/sweep.csv)."""
+    issues a quarter more: how many it takes to hide latency is its guess, and is to be measured first.
+    32x32 with four warps at 128 dims leads by both counts, but not for shared keys with dedupe (bench/results/sweep.csv)."""
     widest = block_dim(max(D, Dv))
     light = mode.ROUNDS <= 5 and not (mode.DROPOUT or mode.LOCAL_WINDOW or in_place)
     plain = mode.SHARED and light
