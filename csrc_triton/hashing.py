@@ -195,12 +195,11 @@ def hash_rows(x, rotations, factors, key_padding_mask, norm_eps, with_counts=Tru
 
 def _launch_config(D, dtype):
     """(BLOCK_M, BLOCK_D, MAX_BLOCK_W, num_warps, num_stages). BLOCK_M is the tile of the sort too, so as large as
-    registers and 64 KiB of shared memory let it be; fp32 takes four warps, 16 to 19% fewer instructions than eight
-    (bench/results/sweep.csv)."""
+    registers and 64 KiB of shared memory let it be; fp32 dots spill with more than 8 of their sums per thread."""
     block_d = block_dim(D)
     if dtype == torch.float32:
         # without pipelining, rotations would wait in registers
-        return (64, block_d, 32, 4, 2) if block_d <= 128 else (32, block_d, 32, 4, 2)
+        return (64, block_d, 32, 8, 2) if block_d <= 128 else (32, block_d, 32, 4, 2)
     if block_d <= 64:
         return 256, block_d, 64, 8, 2
     return (128 if block_d == 128 else 64), block_d, 32, 4, 1
