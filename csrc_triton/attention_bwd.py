@@ -361,22 +361,22 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
         num_warps = (2 if plain else 4) * (2 if widest > 64 else 1)
     elif widest > 128:
         num_warps = 4
+    elif D * dtype.itemsize % 16 or Dv * dtype.itemsize % 16:
+        # rows that come element by element take registers
+        num_warps = 8 if widest > 64 and mode.DROPOUT and mode.LOCAL_WINDOW else 4
     elif widest > 64:
         # where two warps spill: with float32 sums to add to, intervals of many rounds, or all that a pair can depend on
         if mode.SHARED and (in_place or mode.ROUNDS > 5 and (mode.DEDUPE or mode.DROPOUT and mode.LOCAL_WINDOW)):
             block_n, num_warps = 32 if min(D, Dv) > 64 else 16, 4
         elif part == "keys" and mode.DEDUPE and mode.ROUNDS > 5 and (mode.DROPOUT or mode.LOCAL_WINDOW):
             num_warps = 4
-        elif light and not mode.DEDUPE or not (mode.SHARED or in_place or mode.DEDUPE and mode.DROPOUT and mode.LOCAL_WINDOW):
+        elif light and not mode.DEDUPE or not (mode.SHARED or in_place or mode.DROPOUT and mode.LOCAL_WINDOW):
             block_m, block_n, num_warps = 32, 32, 4
     elif in_place or (mode.DEDUPE and mode.ROUNDS > 8):
         if not mode.DEDUPE:
             block_n, num_warps = 32, 4
         elif mode.SHARED and mode.ROUNDS > 8 and mode.DROPOUT and mode.LOCAL_WINDOW:
             num_warps = 4
-    elif D * dtype.itemsize % 16 or Dv * dtype.itemsize % 16:
-        # rows that come element by element take registers
-        num_warps = 4
     elif mode.SHARED and mode.SPAN == "chunk" and mode.CHUNK >= 64 and mode.ROUNDS <= 5 and (light or mode.LOCAL_WINDOW):
         # rows of a chunk see the same keys, so that twice as many walk hardly further
         block_m, block_n, num_warps = 64, 32 if light else 16, 4

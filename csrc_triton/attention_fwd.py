@@ -256,8 +256,11 @@ def _launch_config(D, Dv, dtype, mode):
     elif dtype == torch.float32:
         # IEEE fp32 products go through the FMA units and hold their operands in registers, too many of 128 dims for two warps
         block_m, block_n, num_warps = (16, 16, 2) if widest <= 64 else (32, 16, 4)
+    elif widest == 128 and (D * dtype.itemsize % 16 or Dv * dtype.itemsize % 16):
+        # rows that come element by element take registers
+        block_m, num_warps = 32, 8
     elif widest == 128 and (mode.DROPOUT or mode.LOCAL_WINDOW or (mode.DEDUPE and not (mode.WITHIN_BUCKET and mode.ROUNDS <= 5))):
-        # with so much for a pair to depend on 64 rows spill on sm_80
+        # with so much for a pair to depend on 64 rows leave room for two programs per SM, and on sm_80 some spill
         block_m = 32
     blocks = (block_dim(d, min(block_m, block_n), num_warps, dtype.itemsize) for d in (D, Dv))
     return Tile(D, Dv, *blocks, block_m, block_n), num_warps, 2

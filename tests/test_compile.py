@@ -167,6 +167,9 @@ ATTENTION = {
         head_dim=33, value_dim=40, dtype=torch.bfloat16, local_window=8, dropout_p=0.1, span="chunk", causal=False, unaligned=True
     ),
     "attention_bwd-fp16-D50-unaligned": lambda: attention_bwd(head_dim=50, span="chunk", unaligned=True),
+    "attention_fwd-bf16-D65-unaligned": lambda: attention_fwd(head_dim=65, dtype=torch.bfloat16),
+    "attention_bwd-bf16-D65-separate-unaligned": lambda: attention_bwd(head_dim=65, dtype=torch.bfloat16, keys="separate"),
+    "attention_bwd-bf16-D65-all-unaligned": lambda: attention_bwd(head_dim=65, dtype=torch.bfloat16, dedupe=False, **EVERYTHING),
     "attention_bwd-bf16-D64-separate-in-place": lambda: attention_bwd(
         dtype=torch.bfloat16, keys="separate", dedupe=False, in_place=True
     ),
