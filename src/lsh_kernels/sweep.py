@@ -1,6 +1,6 @@
 """Tile shapes, warps and stages of a kernel, ranked by the time model: evidence for the `_launch_config` functions.
 
-Stages only cost here: the model does not see what fetching ahead hides.
+Stages only cost here, as the model does not see what fetching ahead hides: attention keeps those that it has.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ def _attention(config, call):
 
 def _hashing(config, call):
     _, block_d, *_ = config
+    most_sums = 32 if torch.float32 in call else math.inf  # of a thread; more spill beside products on FMA units
     for block_m, block_w, num_warps, num_stages in product((32, 64, 128, 256), (16, 32, 64), (4, 8), (1, 2)):
-        yield block_m, block_d, block_w, num_warps, num_stages
+        if block_m * block_w <= most_sums * 32 * num_warps:
+            yield block_m, block_d, block_w, num_warps, num_stages
 
 
 def _warps(config, call):
