@@ -370,7 +370,9 @@ def _launch_config(D, Dv, dtype, mode, part, in_place):
             block_n, num_warps = 32 if min(D, Dv) > 64 else 16, 4
         elif part == "keys" and mode.DEDUPE and mode.ROUNDS > 5 and (mode.DROPOUT or mode.LOCAL_WINDOW):
             num_warps = 4
-        elif light and not mode.DEDUPE or not (mode.SHARED or in_place or mode.DROPOUT and mode.LOCAL_WINDOW):
+        elif min(D, Dv) > 64 and (
+            light and not mode.DEDUPE or not (mode.SHARED or in_place or mode.DROPOUT and mode.LOCAL_WINDOW)
+        ):
             block_m, block_n, num_warps = 32, 32, 4
     elif in_place or (mode.DEDUPE and mode.ROUNDS > 8):
         if not mode.DEDUPE:

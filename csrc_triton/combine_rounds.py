@@ -316,8 +316,9 @@ def _launch_config(D, Dv, dtype):
 
 
 def _bwd_launch_config(D, Dv, dtype):
-    """(BLOCK_M, num_warps), as forward's. dtype: of the partial gradients."""
-    return 4096 // (block_dim(max(D, Dv)) * dtype.itemsize), 4
+    """(BLOCK_M, num_warps), as forward's, but rows that come element by element take registers. dtype: of the partial gradients."""
+    aligned = D * dtype.itemsize % 16 == 0 == Dv * dtype.itemsize % 16
+    return 4096 // (block_dim(max(D, Dv)) * dtype.itemsize), 4 if aligned else 8
 
 
 def _check(out, lse):
