@@ -316,7 +316,7 @@ def _launch_config(D, Dv, dtype):
 
 
 def _bwd_launch_config(D, Dv, dtype):
-    """(BLOCK_M, num_warps), as forward's, but rows that come element by element take registers. dtype: of the partial gradients."""
+    """(BLOCK_M, num_warps) as forward has them; rows that come element by element take registers. dtype: of the partials."""
     aligned = D * dtype.itemsize % 16 == 0 == Dv * dtype.itemsize % 16
     return 4096 // (block_dim(max(D, Dv)) * dtype.itemsize), 4 if aligned else 8
 
